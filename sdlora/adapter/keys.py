@@ -1,0 +1,243 @@
+"""Names of modules in LoRA files: kohya's, diffusers' and PEFT's for one canonical path.
+
+A canonical path is a part (`unet`, `text_encoder`) and the module's dotted name in diffusers or transformers;
+a CLIP text encoder's names keep `text_model.`, whichever way the installed transformers lays the model out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+FORMATS = ("kohya", "diffusers", "peft")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How one kind of model names its modules: kohya's prefix by part, and the words that a dotted name is made of."""
+
+    prefixes: dict[str, str]
+    words: dict[str, frozenset[str]]
+
+
+_UNET_WORDS = frozenset(
+    """
+    conv_in time_proj time_embedding linear_1 linear_2 act nonlinearity conv_norm_out conv_act conv_out
+    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers
+    conv conv1 conv2 conv_shortcut norm1 norm2 norm3 norm time_emb_proj dropout
+    proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
+    """.split()
+)
+_CLIP_WORDS = frozenset(
+    """
+    text_model embeddings token_embedding position_embedding encoder layers self_attn q_proj k_proj v_proj out_proj
+    layer_norm1 layer_norm2 mlp fc1 fc2 activation_fn final_layer_norm
+    """.split()
+)
+
+_SD1 = Grammar(
+    prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    words={"unet": _UNET_WORDS, "text_encoder": _CLIP_WORDS},
+)
+GRAMMARS: dict[str, Grammar] = {"sd1": _SD1, "sd2": _SD1, "mini": _SD1}
+"""By family; a family with other names is one more row."""
+DEFAULT_FAMILY = "sd1"
+
+FOREIGN_PREFIXES: dict[str, str] = {
+    "lora_unet_input_blocks_": "sdxl",
+    "lora_unet_middle_block_": "sdxl",
+    "lora_unet_output_blocks_": "sdxl",
+    "lora_te1_": "sdxl",
+    "lora_te2_": "sdxl",
+    "lora_unet_double_blocks_": "flux",
+    "lora_unet_single_blocks_": "flux",
+    "lora_unet_joint_blocks_": "sd3",
+    "text_encoder_2.": "sdxl",
+    "transformer.": "flux or sd3",
+}
+"""How a key of a family without a grammar starts: only to say which family a refused file is for."""
+
+SUFFIXES: dict[str, tuple[str, str]] = {
+    ".lora_down.weight": ("kohya", "down"),
+    ".lora_up.weight": ("kohya", "up"),
+    ".alpha": ("kohya", "alpha"),
+    ".lora_A.weight": ("diffusers", "down"),
+    ".lora_B.weight": ("diffusers", "up"),
+    ".lora_A.default.weight": ("peft", "down"),
+    ".lora_B.default.weight": ("peft", "up"),
+    ".lora.down.weight": ("diffusers", "down"),
+    ".lora.up.weight": ("diffusers", "up"),
+    ".lora_linear_layer.down.weight": ("diffusers", "down"),
+    ".lora_linear_layer.up.weight": ("diffusers", "up"),
+}
+"""How a key of a low-rank pair ends: the naming it belongs to, and the role of its tensor."""
+
+OLD_PROCESSOR_SUFFIXES: dict[str, str] = {
+    ".processor.to_q_lora": ".to_q.lora",
+    ".processor.to_k_lora": ".to_k.lora",
+    ".processor.to_v_lora": ".to_v.lora",
+    ".processor.to_out_lora": ".to_out.0.lora",
+}
+"""Names that diffusers wrote before 0.20, and what they are called since."""
+
+OTHER_KINDS: dict[str, str] = {
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".lora_magnitude_vector.weight": "DoRA",
+    ".lora_mid.weight": "CP-decomposed LoCon",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".diff": "a full difference",
+    ".diff_b": "a full difference",
+    ".bias": "LoRA with bias",
+    ".lora_bias": "LoRA with bias",
+    ".on_input": "(IA)³",
+}
+"""Tensors that change what a file means: it cannot be read without them."""
+
+PEFT_PREFIX = "base_model.model."
+WRITTEN_SUFFIXES: dict[str, tuple[str, str]] = {
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "diffusers": (".lora_A.weight", ".lora_B.weight"),
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+}
+
+
+class Role(NamedTuple):
+    """What one key of a file is: the canonical path of its module, its role (`down`, `up`, `alpha`), the naming."""
+
+    path: str
+    role: str
+    format: str
+
+
+def canonical_path(part: str, name: str) -> str:
+    """The canonical path of the module `name` of a part, as `named_modules` gives it."""
+    flattened = part.startswith("text_encoder") and name.split(".")[0] in ("encoder", "embeddings", "final_layer_norm")
+    return f"{part}.text_model.{name}" if flattened else f"{part}.{name}"
+
+
+def find_module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The module at a canonical path of the parts, in both layouts of a CLIPTextModel (with `text_model.` or flattened).
+
+    Raises: KeyError where there is none.
+    """
+    part, _, name = path.partition(".")
+    root = modules[part]
+    names = [name]
+    if part.startswith("text_encoder") and name.startswith("text_model."):
+        names.append(name.removeprefix("text_model."))
+    for candidate in names:
+        try:
+            return root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise KeyError(path)
+
+
+def split_words(name: str, words: frozenset[str]) -> str | None:
+    """The dotted form of an underscored name, or None where it is not made of the words and numbers.
+
+    The longest word wins; no name of the grammars can be read in two ways (a test goes over all of them).
+    """
+    pieces = name.split("_")
+    longest = max(w.count("_") for w in words) + 1
+    dotted: list[str] = []
+    at = 0
+    while at < len(pieces):
+        for size in range(min(longest, len(pieces) - at), 0, -1):
+            word = "_".join(pieces[at : at + size])
+            if word in words or (size == 1 and _is_index(word)):
+                dotted.append(word)
+                at += size
+                break
+        else:
+            return None
+    return ".".join(dotted)
+
+
+def is_known(path: str, family: str = DEFAULT_FAMILY) -> bool:
+    """Whether the grammar of the family can name the canonical path."""
+    part, _, name = path.partition(".")
+    words = GRAMMARS[family].words.get(part)
+    return words is not None and bool(name) and all(w in words or _is_index(w) for w in name.split("."))
+
+
+def kohya_name(path: str, family: str = DEFAULT_FAMILY) -> str:
+    """kohya's name of a module: `lora_unet_…_to_q` for `unet.….to_q`.
+
+    Raises: KeyError where the family has no such part.
+    """
+    part, _, name = path.partition(".")
+    return GRAMMARS[family].prefixes[part] + name.replace(".", "_")
+
+
+def path_of_kohya(name: str, family: str = DEFAULT_FAMILY) -> str | None:
+    """The canonical path of kohya's module name, or None where it is none of the family's."""
+    grammar = GRAMMARS[family]
+    for part, prefix in grammar.prefixes.items():
+        if name.startswith(prefix):
+            dotted = split_words(name.removeprefix(prefix), grammar.words[part])
+            return None if dotted is None else canonical_path(part, dotted)
+    return None
+
+
+def path_of_dotted(name: str, family: str = DEFAULT_FAMILY) -> str | None:
+    """The canonical path of a diffusers or PEFT module name, or None where it is none of the family's.
+
+    A PEFT file of a single model leaves the part out; `text_model.` then tells the text encoder from the UNet.
+    """
+    bare = name.removeprefix(PEFT_PREFIX)
+    part, _, rest = bare.partition(".")
+    if part in GRAMMARS[family].prefixes:
+        path = canonical_path(part, rest)
+    else:
+        path = canonical_path("text_encoder", bare)
+        path = path if path.startswith("text_encoder.text_model.") else f"unet.{bare}"
+    return path if is_known(path, family) else None
+
+
+def read_key(key: str, family: str = DEFAULT_FAMILY) -> Role | None:
+    """What a file's key is, or None where it is no low-rank key of the family."""
+    for old, new in OLD_PROCESSOR_SUFFIXES.items():
+        key = key.replace(old, new)
+    for suffix, (naming, role) in SUFFIXES.items():
+        if key.endswith(suffix):
+            name = key.removesuffix(suffix)
+            if "." not in name:
+                path = path_of_kohya(name, family)
+                naming = "kohya"
+            else:
+                path = path_of_dotted(name, family)
+                naming = "peft" if name.startswith(PEFT_PREFIX) else "diffusers" if naming == "kohya" else naming
+            return None if path is None else Role(path, role, naming)
+    return None
+
+
+def other_kind(key: str) -> str | None:
+    """The kind of adapter that a key belongs to where it is one that is not read, such as `LoHa`."""
+    for mark, kind in OTHER_KINDS.items():
+        if key.endswith(mark) or (mark.endswith("_") and mark in key):
+            return kind
+    return None
+
+
+def write_keys(path: str, format: str, family: str = DEFAULT_FAMILY, single: bool = False) -> tuple[str, str]:
+    """The keys of a module's down and up factors; `single`: the file holds one part only, which PEFT then leaves out."""
+    down, up = WRITTEN_SUFFIXES[format]
+    if format == "kohya":
+        name = kohya_name(path, family)
+    elif format == "peft":
+        name = PEFT_PREFIX + (path.partition(".")[2] if single else path)
+    else:
+        name = path
+    return name + down, name + up
+
+
+def _is_index(word: str) -> bool:
+    return word.isascii() and word.isdigit() and (word == "0" or not word.startswith("0"))

@@ -1,0 +1,162 @@
+"""A diffusers folder on disk: what must be there, how it is checked, and how one part of it loads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BaseModelError
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""The weights file of each part, without `.safetensors` or `.fp16.safetensors`."""
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+SAMPLED_BLOCKS = 16
+SAMPLED_BLOCK_BYTES = 4096
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a base.
+
+    Raises: BaseModelError where the file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(f"{path}: the file is missing; copy or download the base again") from None
+    except (OSError, ValueError) as e:
+        raise BaseModelError(f"{path}: cannot be read as JSON ({e}); copy or download the base again") from None
+    if not isinstance(value, dict):
+        raise BaseModelError(f"{path}: a JSON object is expected; copy or download the base again")
+    return value
+
+
+def check_folder(source: Path) -> dict[str, Path]:
+    """Checks a diffusers folder without loading it, and gives each part's weights file.
+
+    Raises: BaseModelError where something is missing, damaged or not a Stable Diffusion 1.x or 2.x.
+    """
+    if not (source / "model_index.json").is_file():
+        raise BaseModelError(f"{source}: no model_index.json there; a base is a diffusers folder (unet/, vae/, …)")
+    kind = str(read_json(source / "model_index.json").get("_class_name", ""))
+    if "Inpaint" in kind:
+        raise BaseModelError(f"{source}: this is an inpainting model ({kind}); use the plain Stable Diffusion")
+    if kind not in PIPELINES:
+        raise BaseModelError(f"{source}: {kind or 'its kind'} is not supported; use a Stable Diffusion 1.x or 2.x")
+    for name in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        read_json(source / name)
+    if not (source / "tokenizer" / "vocab.json").is_file() and not (source / "tokenizer" / "tokenizer.json").is_file():
+        raise BaseModelError(f"{source / 'tokenizer'}: vocab.json and merges.txt are missing; the base is incomplete")
+    weights = {part: _find_weights(source / part, stem) for part, stem in WEIGHTS.items()}
+    for path in weights.values():
+        read_header(path)
+    return weights
+
+
+def _find_weights(folder: Path, stem: str) -> Path:
+    for suffix in (".safetensors", ".fp16.safetensors"):
+        path = folder / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    if next(folder.glob("*.bin"), None):
+        raise BaseModelError(f"{folder}: only pickled .bin weights, which can run code; convert them to safetensors")
+    raise BaseModelError(f"{folder}: {stem}.safetensors is missing; the base is incomplete, copy or download it again")
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON header of a safetensors file whose length fits it.
+
+    Raises: BaseModelError where the file is truncated or is no safetensors file.
+    """
+    size_bytes = path.stat().st_size
+    try:
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > size_bytes - 8:
+                raise ValueError
+            header = f.read(length)
+        rows = json.loads(header)
+        end_bytes = 8 + length + max(row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise BaseModelError(f"{path}: not a whole safetensors file; copy or download it again") from None
+    except OSError as e:
+        raise BaseModelError(f"{path}: cannot be read: {e.strerror}") from None
+    if end_bytes != size_bytes:
+        raise BaseModelError(
+            f"{path}: has {size_bytes:,} bytes where its header says {end_bytes:,}; copy or download it again"
+        )
+    return header
+
+
+def fingerprint_files(source: Path, weights: dict[str, Path]) -> str:
+    """SHA-256 over the weights files' names, sizes and headers, and blocks sampled evenly over their contents.
+
+    Fine-tunes of one model have the same headers, so the samples are what tells them apart.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(weights.values()):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.relative_to(source).as_posix()} {size_bytes}\n".encode())
+        digest.update(read_header(path))
+        with path.open("rb") as f:
+            for i in range(SAMPLED_BLOCKS):
+                f.seek((size_bytes - SAMPLED_BLOCK_BYTES) * i // (SAMPLED_BLOCKS - 1) if i else 0)
+                digest.update(f.read(SAMPLED_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def load_part(cls: Any, folder: Path, weights: Path, dtype: torch.dtype) -> nn.Module:
+    """One model of the folder, in the dtype.
+
+    Raises: BaseModelError where its weights do not fit its config.
+    """
+    from diffusers import ModelMixin
+
+    options: dict[str, Any] = {"variant": "fp16" if ".fp16." in weights.name else None}
+    options["torch_dtype" if issubclass(cls, ModelMixin) else "dtype"] = dtype
+    try:
+        model, info = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as e:  # whatever a library raises on a damaged part, the user needs one line
+        reason = " ".join(str(e).split())[:200]
+        raise BaseModelError(f"{weights}: does not load with {folder / 'config.json'}: {reason}") from e
+    missing = sorted(str(k) for k in info.get("missing_keys", ()))
+    wrong = sorted(str(k) for k in info.get("mismatched_keys", ()))
+    if missing or wrong:
+        raise BaseModelError(
+            f"{weights}: {len(missing)} weights are missing and {len(wrong)} have the wrong shape for config.json "
+            f"({(missing + wrong)[0]} is the first); copy or download the base again"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries' notices and bars off the screen while a base loads: what matters is checked here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(before[0])
+        transformers_logging.set_verbosity(before[1])
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,302 @@
+"""The Recipe: one frozen, typed description of a training run, from defaults, a TOML file and flags."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import inspect
+import json
+import math
+import tomllib
+import types
+import typing
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every value that decides what a training run makes; the strings under the fields are the flags' help.
+
+    Raises: ConfigError, naming the key, the value and the fix, where a value cannot be used.
+    """
+
+    base: str = "mini"
+    """The Stable Diffusion to teach: `mini`, a diffusers folder, or a hub id."""
+    steps: int = 300
+    """Optimizer steps in all."""
+    batch_size: int = 8
+    """Pictures in one pass through the model."""
+    accumulation: int = 1
+    """Passes added up before each optimizer step."""
+    rank: int = 8
+    """Rank of each layer's low-rank change: higher learns more, makes a larger file, and forgets more."""
+    alpha: float | None = None
+    """The change is scaled by alpha / rank. Without it: the rank, so a scale of 1."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up: falls along a cosine to 0, or stays."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises from 0; if not given, at most a fifth of the steps."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    min_snr_gamma: float = 5.0
+    """Caps the weight of low-noise steps in the loss (min-SNR weighting); 0 turns it off."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm when they are longer."""
+    caption_dropout: float = 0.1
+    """Share of pictures, 0 to 1, shown without their caption, so that guidance keeps working."""
+    flip: bool = True
+    """Mirrors half of the pictures; turn it off where left and right matter."""
+    resolution: int | None = None
+    """Side in pixels that pictures are scaled and centre-cropped to, a multiple of 8. Without it: the base's own."""
+    seed: int = 0
+    """Seed of every random draw: the same seed on the same machine makes the same bytes."""
+    trigger: str = ""
+    """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
+    text_encoder: bool = False
+    """Also adapts the text encoder's attention."""
+    text_encoder_learning_rate: float | None = None
+    """Learning rate of the text encoder's part. Without it: that of the rest."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of the frozen base; what is trained is always float32."""
+    preview: tuple[str, ...] = ()
+    """Prompt to draw during the run, always from the same noise; may be given several times."""
+    preview_every: int = 0
+    """Steps between previews; 0 draws them only at the end."""
+    checkpoint_every: int = 100
+    """Steps between saved states that a stopped run goes on from; 0 saves only when it stops."""
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            object.__setattr__(self, name, check_value(name, getattr(self, name)))
+        if self.text_encoder_learning_rate is not None and not self.text_encoder:
+            raise ConfigError(
+                f"text_encoder_learning_rate = {self.text_encoder_learning_rate} has no use while "
+                "text_encoder = false; set text_encoder = true (--text-encoder) or leave it out"
+            )
+        if self.preview_every and not self.preview:
+            raise ConfigError(
+                f"preview_every = {self.preview_every} has nothing to draw; give a prompt with preview (--preview)"
+            )
+
+    @property
+    def scale_alpha(self) -> float:
+        """The alpha in force: the rank where none was given."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def text_encoder_rate(self) -> float:
+        """The text encoder's learning rate in force."""
+        return self.learning_rate if self.text_encoder_learning_rate is None else self.text_encoder_learning_rate
+
+    @property
+    def images_per_step(self) -> int:
+        return self.batch_size * self.accumulation
+
+
+FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
+"""Each field's name and type."""
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
+UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every"})
+"""Fields that do not change what is learnt."""
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base": (bool, "name a base, such as mini"),
+    "steps": (lambda v: 1 <= v <= 10_000_000, "give 1 or more, such as 300"),
+    "batch_size": (lambda v: 1 <= v <= 4096, "give 1 to 4096, such as 8"),
+    "accumulation": (lambda v: 1 <= v <= 4096, "give 1 to 4096"),
+    "rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, such as 8"),
+    "alpha": (lambda v: v > 0, "give a number above 0, or leave it out to use the rank"),
+    "learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.001"),
+    "text_encoder_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
+    "warmup_steps": (lambda v: 0 <= v <= 10_000_000, "give 0 or more"),
+    "weight_decay": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.01"),
+    "min_snr_gamma": (lambda v: v >= 0, "give a number above 0, such as 5, or 0 to turn it off"),
+    "max_grad_norm": (lambda v: v > 0, "give a number above 0, such as 1"),
+    "caption_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
+    "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),
+    "seed": (lambda v: 0 <= v < 2**63, "give a whole number from 0 to 2^63 - 1"),
+    "preview": (lambda v: all(p.strip() for p in v), "leave out the empty prompt"),
+    "preview_every": (lambda v: v >= 0, "give 0 or more"),
+    "checkpoint_every": (lambda v: v >= 0, "give 0 or more"),
+}
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value of the field `name` in its exact type, with whole numbers accepted where any number is.
+
+    Raises: ConfigError for another type, NaN, infinity, or a value out of range.
+    """
+    value = _typed(name, FIELDS[name], value)
+    fits, fix = _LIMITS.get(name, (lambda _: True, ""))
+    if value is not None and not fits(value):
+        raise ConfigError(f"{name} = {_show(value)} is out of range; {fix}")
+    return value
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _typed(name, options[0], value)
+    if origin is Literal:
+        if value not in options or type(value) is not str:
+            near = suggest(value, options) if isinstance(value, str) else ""
+            raise ConfigError(f"{name} = {_show(value)} is not known; use {' or '.join(options)}{near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} = {_show(value)} is not a list; give a list of texts: [{_show(str(value))}]")
+        return tuple(_typed(name, str, item) for item in value)
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**53 else math.inf
+    if type(value) is not kind:
+        raise ConfigError(f"{name} = {_show(value)} is not {_WORDS[kind]}{_type_hint(name, kind, value)}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value} is not a finite number; give one such as {DEFAULTS[name] or 1.0}")
+    if kind is str:
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+            raise ConfigError(f"{name} = {value!a} holds a line break or a control character; remove it")
+        return " ".join(value.split()) if name == "trigger" else value
+    return value
+
+
+def _type_hint(name: str, kind: type, value: Any) -> str:
+    if kind is str:
+        return f'; write "{value}"' if isinstance(value, int | float) else "; put it in quotes"
+    if isinstance(value, str):
+        word = value.lower() if value.lower() in ("true", "false") else value
+        return f"; write {word} without quotes" if kind is not bool or word in ("true", "false") else ""
+    return "" if kind is bool else f"; give one such as {DEFAULTS[name] or 1}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_show(item) for item in value)}]"
+    if isinstance(value, int) and abs(value) > 10**20:  # str() of a huge int is slow and may be refused
+        return "a very large number"
+    return repr(value) if not isinstance(value, str) else _quote(value)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the known word nearest to this one, or nothing where none is near."""
+    plain = {name.lstrip("-").replace("-", "_").lower(): name for name in known}
+    word = word.lstrip("-").replace("-", "_").lower()
+    if _ALIASES.get(word) in plain:
+        return f"; did you mean {plain[_ALIASES[word]]}?"
+    near = difflib.get_close_matches(word, plain, 1, 0.6)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
+
+
+_ALIASES = {
+    "lr": "learning_rate", "unet_lr": "learning_rate", "text_encoder_lr": "text_encoder_learning_rate",
+    "batch": "batch_size", "train_batch_size": "batch_size", "dim": "rank", "network_dim": "rank",
+    "network_alpha": "alpha", "max_train_steps": "steps", "num_steps": "steps", "epochs": "steps",
+    "gradient_accumulation_steps": "accumulation", "model": "base", "pretrained_model_name_or_path": "base",
+    "mixed_precision": "precision", "size": "resolution", "lora": "lora", "output": "out", "output_dir": "out",
+    "cfg": "guidance", "guidance_scale": "guidance", "num_images": "images", "negative_prompt": "negative",
+}  # fmt: skip
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe from some of its values, the rest at their defaults.
+
+    Raises: ConfigError for an unknown key (with the nearest known one) or a value that cannot be used.
+    """
+    for key in values:
+        if key not in FIELDS:
+            raise ConfigError(f"unknown key {key}{suggest(key, FIELDS) or '; known are ' + ', '.join(FIELDS)}")
+    recipe = Recipe(**values)
+    if "warmup_steps" not in values and recipe.warmup_steps > recipe.steps // 5:
+        recipe = Recipe(**{**values, "warmup_steps": recipe.steps // 5})
+    return recipe
+
+
+def recipe_from_toml(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a TOML file, with `overrides` (the flags) before its values and the defaults behind them.
+
+    Raises: ConfigError for a file that cannot be read, is no TOML, has an unknown key, or a value that cannot be used.
+    """
+    values = {} if path is None else _read_toml(Path(path))
+    for key, value in values.items():
+        try:
+            if key not in FIELDS:
+                table = "; tables are not used, put its keys at the top level" if isinstance(value, dict) else ""
+                hint = suggest(key, FIELDS) or table or "; known are " + ", ".join(FIELDS)
+                raise ConfigError(f"unknown key {key}{hint}")
+            check_value(key, value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return make_recipe({**values, **(overrides or {})})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}; write key = value lines") from None
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that `recipe_from_toml` reads back to an equal Recipe; values left open are comments."""
+    lines = []
+    for name in FIELDS:
+        value = getattr(recipe, name)
+        lines.append(f"# {name} is left open" if value is None else f"{name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return _quote(value) if isinstance(value, str) else repr(value)
+
+
+def _quote(text: str) -> str:
+    # TOML's basic strings escape as JSON's do, except that DEL needs an escape too.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def compare(a: Recipe, b: Recipe) -> list[str]:
+    """What differs between two recipes, as `steps 300 -> 600`, leaving out what does not change the result."""
+    found = []
+    for name in FIELDS:
+        old, new = getattr(a, name), getattr(b, name)
+        if name == "alpha":
+            old, new = a.scale_alpha, b.scale_alpha
+        elif name == "text_encoder_learning_rate":
+            same = not (a.text_encoder and b.text_encoder) or a.text_encoder_rate == b.text_encoder_rate
+            old, new = (None, None) if same else (a.text_encoder_rate, b.text_encoder_rate)
+        if old != new and name not in UNDECISIVE:
+            found.append(f"{name} {'open' if old is None else _show(old)} -> {'open' if new is None else _show(new)}")
+    return found
+
+
+@functools.cache
+def describe_fields() -> dict[str, str]:
+    """Each field's docstring, read from this module's source; it is what `sdlora train --help` says of the flag."""
+    body = ast.parse(inspect.getsource(Recipe)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for line, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
+            assert isinstance(after.value, ast.Constant)
+            texts[line.target.id] = " ".join(str(after.value.value).split())
+    return texts

@@ -1,0 +1,117 @@
+"""What of a data folder never changes while it is learnt, computed once: latents and text states."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .folder import Example, fit_picture, read_picture
+
+if TYPE_CHECKING:
+    from ..bases.family import Base
+
+_Item = TypeVar("_Item")
+_BATCH_PX = 16 * 128 * 128  # what one pass through the VAE may hold: 16 pictures of 128 px, one of 512
+_BATCH_CAPTIONS = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A folder as the model sees it; V is 1, or 2 with the mirrored pictures, N the number of pictures."""
+
+    mean: Tensor
+    """Posterior means, float32 [V, N, 4, H/8, W/8], scaled to unit variance."""
+    std: Tensor
+    """Posterior standard deviations, the same shape and scale."""
+    ids: Tensor
+    """Token ids, int64 [N+1, 77]; row N is the empty caption."""
+    text: Tensor | None
+    """Text states [N+1, 77, D] in the base's dtype, or None where the text encoder is trained too."""
+    repeats: list[int]
+    """How often each picture counts in an epoch."""
+    truncated: list[str]
+    """Names of the pictures whose captions lose their end."""
+
+
+def encode_folder(
+    base: Base, examples: list[Example], *, resolution_px: int, flip: bool, text: bool, progress: bool = True
+) -> Encoded:
+    """Encodes every picture once (mirrored too with flip) and, with `text`, every different caption once.
+
+    All tensors are on the CPU. Names the captions that are too long on stderr; `progress` shows how far it is there.
+
+    Raises: DataError where a picture can no longer be read.
+    """
+    mean, std = _encode_pictures(base, examples, resolution_px, flip, progress)
+    captions = [*(e.caption for e in examples), ""]
+    ids, lengths = base.tokenize(captions)  # [N+1, 77]
+    limit = ids.shape[1]
+    truncated = {e.name: n for e, n in zip(examples, lengths, strict=False) if n > limit}
+    warn_truncated(truncated, limit)
+    states = _encode_captions(base, captions, ids, progress) if text else None
+    return Encoded(mean, std, ids, states, [e.repeats for e in examples], list(truncated))
+
+
+def warn_truncated(truncated: dict[str, int], limit: int) -> None:
+    """Says on stderr which captions lose their end; the numbers are tokens, start and end counted."""
+    if truncated:
+        names = ", ".join(f"{name} ({n} tokens)" for name, n in truncated.items())
+        count = f"{len(truncated)} caption{'s are' if len(truncated) > 1 else ' is'}"
+        print(f"warning: {count} longer than {limit} tokens and lose their end: {names}", file=sys.stderr)
+
+
+def track(items: Iterable[_Item], total: int, what: str, show: bool = True) -> Iterator[_Item]:
+    """Passes the items on, with a progress bar on stderr where that is a terminal, else a plain line at the end."""
+    if show and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=what, file=sys.stderr, leave=False)
+        return
+    yield from items
+    if show:
+        print(f"{what}: {total} done", file=sys.stderr)
+
+
+def _encode_pictures(
+    base: Base, examples: list[Example], resolution_px: int, flip: bool, progress: bool
+) -> tuple[Tensor, Tensor]:
+    size = max(1, _BATCH_PX // resolution_px**2)
+    views = 2 if flip else 1
+    means: list[list[Tensor]] = [[] for _ in range(views)]
+    stds: list[list[Tensor]] = [[] for _ in range(views)]
+    for i in _chunks(len(examples), size, "encoding pictures", progress):
+        batch = torch.stack([_load(example, resolution_px) for example in examples[i : i + size]])
+        for view in range(views):
+            x = batch.flip(-1) if view else batch  # [B, 3, H, W]
+            mean, std = base.encode_pictures(x.to(base.device))
+            means[view].append(mean.float().cpu())
+            stds[view].append(std.float().cpu())
+    return torch.stack([torch.cat(m) for m in means]), torch.stack([torch.cat(s) for s in stds])
+
+
+def _chunks(n: int, size: int, what: str, progress: bool) -> Iterator[int]:
+    starts = range(0, n, size)
+    return track(starts, len(starts), what, progress) if n else iter(())
+
+
+def _load(example: Example, resolution_px: int) -> Tensor:
+    pixels = np.array(fit_picture(read_picture(example.path), resolution_px))  # [H, W, 3], 0..255
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1  # [3, H, W], -1..1
+
+
+@torch.no_grad()
+def _encode_captions(base: Base, captions: list[str], ids: Tensor, progress: bool) -> Tensor:
+    firsts = list({caption: i for i, caption in reversed(list(enumerate(captions)))}.items())[::-1]
+    place = {caption: j for j, (caption, _) in enumerate(firsts)}
+    wanted = ids[[i for _, i in firsts]]  # [U, 77], one row for each different caption
+    states = [
+        base.encode_text(wanted[i : i + _BATCH_CAPTIONS].to(base.device)).cpu()
+        for i in _chunks(len(wanted), _BATCH_CAPTIONS, "encoding captions", progress)
+    ]
+    return torch.cat(states)[[place[caption] for caption in captions]]  # [N+1, 77, D]

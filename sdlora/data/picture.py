@@ -1,0 +1,110 @@
+"""Reading one picture, whatever its mode, as the 8-bit RGB that was meant."""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_WHITE = (255, 255, 255, 255)
+_TRY = "replace it with a whole picture or delete it"
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture in RGB: turned as its EXIF says, transparency on white, 16-bit grey rescaled, a film's first frame.
+
+    Raises: DataError, naming the file and the fix, where it cannot be decoded.
+    """
+    with strict_warnings():
+        try:
+            return decode_picture(path)
+        except ValueError as error:
+            problem, fix = error.args
+            raise DataError(f"{path}: {problem}; {fix}") from None
+
+
+def strict_warnings() -> warnings.catch_warnings[None]:
+    """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once."""
+    return warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+
+
+def decode_picture(path: Path) -> Image.Image:
+    """As `read_picture`, for many threads inside one `strict_warnings`.
+
+    Raises: ValueError with two arguments, the problem and the fix.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({_reason(error)})", "mend the link or the rights, or delete it") from None
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise ValueError("is not a plain file", "replace it with a picture or delete it")
+    if found.st_size == 0:
+        raise ValueError("is empty (0 bytes)", _TRY)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except PermissionError as error:
+        raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError("is too large to be a training picture", "scale it down") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("is not a picture, whatever its name says", "replace it with a picture or delete it") from None
+    except MemoryError:
+        raise ValueError("does not fit in memory", "scale it down") from None
+    except UnsupportedMode as error:
+        raise ValueError(str(error), "save it as 8-bit RGB") from None
+    # A damaged file can make a decoder fail in any way: OSError, SyntaxError, struct.error, EOFError, …
+    except Exception as error:
+        raise ValueError(f"cannot be decoded ({_reason(error)})", _TRY) from None
+
+
+def fit_picture(image: Image.Image, resolution_px: int) -> Image.Image:
+    """The centre square of an RGB picture, scaled to resolution_px a side (Lanczos); its shorter side is kept whole."""
+    w, h = image.size
+    side = min(w, h)
+    left, top = (w - side) // 2, (h - side) // 2
+    # Crop before scaling: a picture of 1 x 60000 would otherwise grow to gigabytes on the way.
+    square = image.crop((left, top, left + side, top + side))
+    if side == resolution_px:
+        return square
+    return square.resize((resolution_px, resolution_px), Image.Resampling.LANCZOS)
+
+
+class UnsupportedMode(Exception):
+    """A picture whose numbers have no agreed meaning as 8-bit colours."""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        image = _grey_from_16_bit(image)
+    if image.mode in ("F", "LAB"):
+        raise UnsupportedMode(f"is a picture of {'floating-point numbers' if image.mode == 'F' else 'L*a*b* colours'}")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    """8-bit grey of a 16-bit picture: v / 257 rounded, so that white stays white (Pillow's own way clips at 255)."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UnsupportedMode("is a picture of 32-bit numbers")
+    grey = (values + 128) // 257
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__

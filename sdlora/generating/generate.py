@@ -1,0 +1,283 @@
+"""Pictures from a base, a prompt and a stack of LoRAs."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..adapter.delta import Adapter
+from ..bases.family import Base
+from ..bases.sampling import BATCH_PICTURES, SAMPLERS, Progress, check_request, sample
+from ..combining.plan import Plan, Stacked
+from ..errors import AdapterFileError, ConfigError
+from .infotext import Tag, format_infotext, parse_prompt
+
+_LOG = logging.getLogger(__name__)
+
+
+def generate(
+    base: Base,
+    prompt: str,
+    adapters: Stacked = (),
+    *,
+    seed: int = 0,
+    images: int = 1,
+    steps: int = 20,
+    guidance: float = 5.0,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    sampler: str = "dpm++",
+    batch_size: int = BATCH_PICTURES,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """Pictures of the seeds seed, seed + 1, …; each depends on its own seed only. Sizes in pixels, None is the base's.
+
+    `names` is what messages call the adapters.
+
+    Raises: ConfigError where a value is out of range; AdapterFileError where an adapter does not fit the base.
+    """
+    seeds = _check(base, seed, images, steps, guidance, width, height)
+    plan = Plan.of(adapters, names)
+    _tell(plan.check(base) + find_truncated(base, {"prompt": prompt, "negative prompt": negative}))
+    with plan.applied(base):
+        return sample(
+            base,
+            [prompt] * images,
+            seeds=seeds,
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            width_px=width,
+            height_px=height,
+            batch_size=batch_size,
+            sampler=sampler,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file in use: read, hashed, with its weights."""
+
+    path: Path
+    adapter: Adapter
+    weight: float
+    te_weight: float
+    sha256: str
+
+    @property
+    def tag(self) -> str:
+        return str(Tag(self.path.stem, self.weight, self.te_weight))
+
+
+def generate_files(
+    base: Base,
+    prompt: str,
+    loras: Sequence[tuple[Path, float, float]],
+    *,
+    out: Path,
+    lora_dir: Path | None = None,
+    negative: str = "",
+    seed: int = 0,
+    images: int = 1,
+    steps: int = 20,
+    guidance: float = 5.0,
+    width: int | None = None,
+    height: int | None = None,
+    sampler: str = "dpm++",
+    batch_size: int = BATCH_PICTURES,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Writes the pictures as `out`/00000.png, … (the next free numbers), each with its `parameters` text.
+
+    `loras` are (file, weight, text encoder's weight); `<lora:name:weight>` in the prompt adds name.safetensors of
+    `lora_dir`. Returns `[{file, seed, prompt, loras: [{file, weight, sha256}], seconds}]`. Everything is checked before
+    the first byte is written.
+
+    Raises: ConfigError, AdapterFileError.
+    """
+    plain, tags = parse_prompt(prompt)
+    seeds = _check(base, seed, images, steps, guidance, width, height)
+    named = [(_find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
+    used = [_read_lora(*row) for row in [*loras, *named]]
+    plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used])
+    _tell(plan.check(base) + find_truncated(base, {"prompt": plain, "negative prompt": negative}))
+    _make_folder(out)
+    text = " ".join([plain, *(u.tag for u in used)]).strip()
+    settings: dict[str, object] = {"Steps": steps, "Sampler": SAMPLERS[sampler], "CFG scale": f"{guidance:g}"}
+    rows: list[dict[str, Any]] = []
+    with plan.applied(base):
+        for start in range(0, images, batch_size):
+            part = seeds[start : start + batch_size]
+
+            def report(done: int, all_here: int, start: int = start) -> None:
+                if progress is not None:
+                    progress(start // batch_size * all_here + done, -(-images // batch_size) * all_here)
+
+            began = time.perf_counter()
+            pictures = sample(
+                base,
+                [plain] * len(part),
+                seeds=part,
+                negative=negative,
+                steps=steps,
+                guidance=guidance,
+                width_px=width,
+                height_px=height,
+                batch_size=batch_size,
+                sampler=sampler,
+                progress=report,
+            )
+            seconds = (time.perf_counter() - began) / len(part)
+            for one, picture in zip(part, pictures, strict=True):
+                own = settings | {"Seed": one, "Size": f"{picture.width}x{picture.height}"} | _hashes(base, used)
+                path = write_next_png(picture, out, format_infotext(text, negative, own))
+                rows.append(
+                    {
+                        "file": str(path),
+                        "seed": one,
+                        "prompt": plain,
+                        "loras": [{"file": str(u.path), "weight": u.weight, "sha256": u.sha256} for u in used],
+                        "seconds": round(seconds, 3),
+                    }
+                )
+    return rows
+
+
+def _check(
+    base: Base, seed: int, images: int, steps: int, guidance: float, width: int | None, height: int | None
+) -> list[int]:
+    if images < 1:
+        raise ConfigError(f"images {images} is out of range; use 1 or more")
+    seeds = [seed + i for i in range(images)]
+    width = base.resolution_px if width is None else width
+    height = base.resolution_px if height is None else height
+    check_request(base, steps=steps, guidance=guidance, width_px=width, height_px=height, seeds=seeds)
+    return seeds
+
+
+def find_truncated(base: Base, prompts: dict[str, str]) -> list[str]:
+    """A line for each named prompt that is longer than the text encoder reads."""
+    ids, lengths = base.tokenize(list(prompts.values()))
+    limit = ids.shape[1]
+    return [
+        f"{name}: {length} tokens, of which only the first {limit} are read; shorten it"
+        for name, length in zip(prompts, lengths, strict=True)
+        if length > limit
+    ]
+
+
+def _tell(lines: list[str]) -> None:
+    for line in lines:
+        _LOG.warning("warning: %s", line)
+
+
+def _find_lora(name: str, folder: Path | None) -> Path:
+    if folder is None:
+        raise ConfigError(f"<lora:{name}>: no folder to find it in; give --lora-dir DIR, or --lora FILE")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder; give --lora-dir an existing one")
+    there = {p.stem: p for p in sorted(folder.glob("*.safetensors"))}
+    if name in there:
+        return there[name]
+    near = difflib.get_close_matches(name, there, n=3, cutoff=0.4) or sorted(there)[:3]
+    hint = f"nearest: {', '.join(near)}" if near else "there is no .safetensors file in it"
+    raise ConfigError(f"<lora:{name}>: {folder} has no {name}.safetensors; {hint}")
+
+
+def _read_lora(path: Path, weight: float, te_weight: float) -> Lora:
+    from ..adapter.file import file_sha256, read_adapter
+
+    return Lora(Path(path), read_adapter(path), weight, te_weight, file_sha256(path))
+
+
+def _hashes(base: Base, used: list[Lora]) -> dict[str, object]:
+    from .. import __version__
+
+    found: dict[str, object] = {}
+    if base.fingerprint:
+        found["Model hash"] = base.fingerprint[:10]
+    found["Model"] = base.name
+    if used:
+        # ten hex digits of the file's SHA-256: AutoV2
+        found["Lora hashes"] = ", ".join(dict.fromkeys(f"{u.path.stem}: {u.sha256[:10]}" for u in used))
+    return found | {"Version": f"sdlora {__version__}"}
+
+
+def _make_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give --out a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{out}: cannot be written to ({e.strerror}); give --out another folder") from None
+
+
+def write_next_png(picture: Image.Image, folder: Path, parameters: str) -> Path:
+    """Writes the picture under the folder's next free number, whole or not at all, and returns its path.
+
+    Two programs that write at once never overwrite each other where the file system has hard links.
+
+    Raises: ConfigError where the folder cannot be written to.
+    """
+    info = PngInfo()
+    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
+    numbers = [int(p.stem) for p in folder.glob("*.png") if p.stem.isascii() and p.stem.isdigit()]
+    number = max(numbers, default=-1) + 1
+    while True:
+        path = folder / f"{number:05d}.png"
+        if write_png(picture, path, info, replace=False):
+            return path
+        number += 1
+
+
+def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None, replace: bool = True) -> bool:
+    """Writes a PNG to a temporary name, syncs it and moves it into place; False where `replace` is off and it exists.
+
+    Raises: ConfigError where it cannot be written.
+    """
+    part: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", suffix=".part", delete=False) as f:
+            part = Path(f.name)
+            picture.save(f, format="PNG", pnginfo=info)
+            f.flush()
+            os.fsync(f.fileno())
+        part.chmod(0o666 & ~_umask())
+        if not replace:
+            if path.exists():
+                return False
+            try:
+                os.link(part, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                os.replace(part, path)
+            return True
+        os.replace(part, path)
+        return True
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be written ({e.strerror or e}); give another place") from None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,74 @@
+"""The optimizer over the LoRA factors, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def rate_factor(step: int, *, schedule: str, warmup_steps: int, steps: int) -> float:
+    """The share 0..1 of the learning rate that step (from 0) of `steps` uses: a linear warm-up, then constant or half a cosine."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def make_optimizer(
+    factors: dict[str, Tensor], *, learning_rate: float, text_encoder_learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over float32 factors by name; those of a text encoder have their own learning rate.
+
+    Source: Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2.
+    """
+    rates = {"unet": learning_rate, "text_encoder": text_encoder_learning_rate}
+    groups: list[dict[str, Any]] = []
+    for part, rate in rates.items():
+        names = [name for name in factors if name.startswith("text_encoder") == (part == "text_encoder")]
+        if names:
+            groups.append({"params": [factors[n] for n in names], "names": names, "base_lr": rate, "lr": rate})
+    device = next(iter(factors.values())).device.type
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device in ("cpu", "cuda"))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Gives every group its learning rate times factor; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as named tensors, `exp_avg/<factor>` and so on; empty before the first update."""
+    flat = {}
+    for name, factor in _named(optimizer):
+        for key, value in optimizer.state.get(factor, {}).items():
+            assert key in _STATE, key
+            flat[f"{key}/{name}"] = value.detach()
+    return flat
+
+
+def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    """Puts back what `flatten_state` gave.
+
+    Raises: KeyError where it is of another set of factors.
+    """
+    if not flat:
+        return
+    for name, factor in _named(optimizer):
+        state = {key: flat[f"{key}/{name}"].clone() for key in _STATE}
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].to(factor.device)
+        if optimizer.param_groups[0]["fused"]:
+            state["step"] = state["step"].to(factor.device)
+        optimizer.state[factor] = state
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
