@@ -232,7 +232,7 @@ def recipe_from_toml(path: str | Path | None, overrides: Mapping[str, Any] | Non
         try:
             if key not in FIELDS:
                 table = "; tables are not used, put its keys at the top level" if isinstance(value, dict) else ""
-                hint = suggest(key, FIELDS) or table or "; known are " + ", ".join(FIELDS)
+                hint = table or suggest(key, FIELDS) or "; known are " + ", ".join(FIELDS)
                 raise ConfigError(f"unknown key {key}{hint}")
             check_value(key, value)
         except ConfigError as error:

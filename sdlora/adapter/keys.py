@@ -23,20 +23,20 @@ class Grammar:
     words: dict[str, frozenset[str]]
 
 
-_UNET_WORDS = frozenset(
-    """
-    conv_in time_proj time_embedding linear_1 linear_2 act nonlinearity conv_norm_out conv_act conv_out
-    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers
-    conv conv1 conv2 conv_shortcut norm1 norm2 norm3 norm time_emb_proj dropout
-    proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
-    """.split()
-)
-_CLIP_WORDS = frozenset(
-    """
-    text_model embeddings token_embedding position_embedding encoder layers self_attn q_proj k_proj v_proj out_proj
-    layer_norm1 layer_norm2 mlp fc1 fc2 activation_fn final_layer_norm
-    """.split()
-)
+# fmt: off
+_UNET_WORDS = frozenset((
+    "conv_in", "time_embedding", "linear_1", "linear_2", "conv_norm_out", "conv_out",
+    "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers",
+    "conv", "conv1", "conv2", "conv_shortcut", "norm1", "norm2", "norm3", "norm", "time_emb_proj",
+    "proj_in", "proj_out", "transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out",
+    "ff", "net", "proj",
+))
+_CLIP_WORDS = frozenset((
+    "text_model", "embeddings", "token_embedding", "position_embedding", "encoder", "layers",
+    "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+    "layer_norm1", "layer_norm2", "mlp", "fc1", "fc2", "final_layer_norm",
+))
+# fmt: on
 
 _SD1 = Grammar(
     prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
@@ -94,8 +94,8 @@ OTHER_KINDS: dict[str, str] = {
     ".boft_": "BOFT",
     ".diff": "a full difference",
     ".diff_b": "a full difference",
-    ".bias": "LoRA with bias",
-    ".lora_bias": "LoRA with bias",
+    ".lora_B.bias": "LoRA with bias",
+    ".lora_up.bias": "LoRA with bias",
     ".on_input": "(IA)³",
 }
 """Tensors that change what a file means: it cannot be read without them."""
@@ -123,7 +123,7 @@ def canonical_path(part: str, name: str) -> str:
 
 
 def find_module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
-    """The module at a canonical path of the parts, in both layouts of a CLIPTextModel (with `text_model.` or flattened).
+    """The module at a canonical path, in both layouts of a CLIPTextModel (with `text_model.` or flattened).
 
     Raises: KeyError where there is none.
     """
@@ -132,7 +132,7 @@ def find_module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
     names = [name]
     if part.startswith("text_encoder") and name.startswith("text_model."):
         names.append(name.removeprefix("text_model."))
-    for candidate in names:
+    for candidate in filter(None, names):
         try:
             return root.get_submodule(candidate)
         except AttributeError:
@@ -228,7 +228,7 @@ def other_kind(key: str) -> str | None:
 
 
 def write_keys(path: str, format: str, family: str = DEFAULT_FAMILY, single: bool = False) -> tuple[str, str]:
-    """The keys of a module's down and up factors; `single`: the file holds one part only, which PEFT then leaves out."""
+    """The keys of a module's down and up factors; where the file holds a `single` part, PEFT leaves its name out."""
     down, up = WRITTEN_SUFFIXES[format]
     if format == "kohya":
         name = kohya_name(path, family)

@@ -172,9 +172,7 @@ def to_pictures(x: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
-def check_request(
-    base: Base, *, steps: int, guidance: float, width_px: int, height_px: int, seeds: list[int]
-) -> None:
+def check_request(base: Base, *, steps: int, guidance: float, width_px: int, height_px: int, seeds: list[int]) -> None:
     """Checks what the user asked of the sampler.
 
     Raises: ConfigError naming the value and the fix.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import keys
 from ..adapter.delta import Adapter, Delta
 from ..bases.family import Base
 from ..errors import AdapterFileError, ConfigError
@@ -112,7 +113,9 @@ class Plan:
                     merged = (weight.float() + delta.view_as(weight)).to(weight.dtype)
                     if not merged.isfinite().all():
                         dtype = str(weight.dtype).removeprefix("torch.")
-                        raise AdapterFileError(f"{path}: base and LoRAs add up to no finite {dtype} weight; lower the weights")
+                        raise AdapterFileError(
+                            f"{path}: base and LoRAs add up to no finite {dtype} weight; lower the weights"
+                        )
                     pristine.append((weight, weight.data))
                     weight.data = merged
             yield base
@@ -122,15 +125,12 @@ class Plan:
 
 
 def find_module(base: Base, path: str) -> nn.Module | None:
-    """The base's module of an adapter's path, or None where the base has none."""
-    part, _, rest = path.partition(".")
-    model = base.modules.get(part)
-    for name in (rest, rest.removeprefix("text_model.")):
-        if model is not None:
-            with contextlib.suppress(AttributeError):
-                module = model.get_submodule(name)
-                return module if isinstance(getattr(module, "weight", None), Tensor) else None
-    return None
+    """The base's module with a weight at an adapter's path, or None where the base has none."""
+    try:
+        module = keys.find_module(base.modules, path)
+    except KeyError:
+        return None
+    return module if isinstance(getattr(module, "weight", None), Tensor) else None
 
 
 def _check_member(member: Member, base: Base) -> list[str]:

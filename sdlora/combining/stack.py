@@ -39,10 +39,14 @@ def _concatenate(path: str, acting: list[Member]) -> LowRank:
         delta = member.adapter.deltas[path]
         if not isinstance(delta, LowRank):
             kind = type(delta).__name__
-            raise AdapterFileError(f"{member.name}: {path} is {kind}, which has no exact sum of ranks; leave that file out")
+            raise AdapterFileError(
+                f"{member.name}: {path} is {kind}, which has no exact sum of ranks; leave that file out"
+            )
         down, up = delta.down.detach().float(), delta.up.detach()
         if downs and (down.shape[1:] != downs[0].shape[1:] or up.shape[0] != ups[0].shape[0]):
-            raise AdapterFileError(f"{member.name}: {path} has another shape than in {acting[0].name}; combine those of one base")
+            raise AdapterFileError(
+                f"{member.name}: {path} has another shape than in {acting[0].name}; combine those of one base"
+            )
         downs.append(down)
         # rounded once: the factor and the product are float64
         ups.append((up.reshape(up.shape[0], -1).double() * (member.weight_of(path) * delta.scale)).float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .folder import Example, fit_picture, read_picture
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 _BATCH_PX = 16 * 128 * 128  # what one pass through the VAE may hold: 16 pictures of 128 px, one of 512
 _BATCH_CAPTIONS = 32
+_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,24 @@ def warn_truncated(truncated: dict[str, int], limit: int) -> None:
     """Says on stderr which captions lose their end; the numbers are tokens, start and end counted."""
     if truncated:
         names = ", ".join(f"{name} ({n} tokens)" for name, n in truncated.items())
-        count = f"{len(truncated)} caption{'s are' if len(truncated) > 1 else ' is'}"
-        print(f"warning: {count} longer than {limit} tokens and lose their end: {names}", file=sys.stderr)
+        are, lose = ("s are", "lose their end") if len(truncated) > 1 else (" is", "loses its end")
+        line = f"warning: {len(truncated)} caption{are} longer than {limit} tokens and {lose}: {names}"
+        print(line, file=sys.stderr)
 
 
 def track(items: Iterable[_Item], total: int, what: str, show: bool = True) -> Iterator[_Item]:
-    """Passes the items on, with a progress bar on stderr where that is a terminal, else a plain line at the end."""
+    """Passes the items on, with a progress bar on stderr where that is a terminal, else plain lines."""
     if show and sys.stderr.isatty():
         from tqdm import tqdm
 
         yield from tqdm(items, total=total, desc=what, file=sys.stderr, leave=False)
         return
-    yield from items
-    if show:
-        print(f"{what}: {total} done", file=sys.stderr)
+    said_s = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if show and (done == total or time.monotonic() - said_s >= _LINE_EVERY_S):
+            said_s = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr)
 
 
 def _encode_pictures(
@@ -90,6 +97,9 @@ def _encode_pictures(
         for view in range(views):
             x = batch.flip(-1) if view else batch  # [B, 3, H, W]
             mean, std = base.encode_pictures(x.to(base.device))
+            if not (mean.isfinite().all() and std.isfinite().all()):
+                names = ", ".join(example.name for example in examples[i : i + size])
+                raise DataError(f"{names}: the base's VAE gives no finite latents; use --precision bf16 or fp32")
             means[view].append(mean.float().cpu())
             stds[view].append(std.float().cpu())
     return torch.stack([torch.cat(m) for m in means]), torch.stack([torch.cat(s) for s in stds])
@@ -107,9 +117,9 @@ def _load(example: Example, resolution_px: int) -> Tensor:
 
 @torch.no_grad()
 def _encode_captions(base: Base, captions: list[str], ids: Tensor, progress: bool) -> Tensor:
-    firsts = list({caption: i for i, caption in reversed(list(enumerate(captions)))}.items())[::-1]
-    place = {caption: j for j, (caption, _) in enumerate(firsts)}
-    wanted = ids[[i for _, i in firsts]]  # [U, 77], one row for each different caption
+    different = list(dict.fromkeys(captions))
+    place = {caption: j for j, caption in enumerate(different)}
+    wanted = ids[[captions.index(caption) for caption in different]]  # [U, 77]
     states = [
         base.encode_text(wanted[i : i + _BATCH_CAPTIONS].to(base.device)).cpu()
         for i in _chunks(len(wanted), _BATCH_CAPTIONS, "encoding captions", progress)

@@ -51,6 +51,8 @@ class Survey:
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     pixels: dict[str, str] = field(default_factory=dict)
+    pictures: int = 0
+    """How many files are there that should be pictures."""
     captions: int = 0
     """How many pictures have a caption of their own."""
 
@@ -88,6 +90,7 @@ def survey_folder(folder: str | Path, trigger: str = "") -> Survey:
     if not found.pictures and not survey.problems:
         _note(survey, str(folder), "has no pictures", f"put {', '.join(sorted(s[1:] for s in SUFFIXES))} files in it")
         return survey
+    survey.pictures = len(found.pictures)
     captions = {p.name: found.find_caption(p) for p in found.pictures}
     rows_left = [where for rows in found.rows.values() for where in rows.name_nothing(p.path for p in found.pictures)]
     for file, named in rows_left:
@@ -102,9 +105,7 @@ def survey_folder(folder: str | Path, trigger: str = "") -> Survey:
         if problem or caption is None or (caption == "" and not trigger):
             continue
         survey.pixels[picture.name] = pixels
-        survey.examples.append(
-            Example(picture.path, picture.name, add_trigger(caption, trigger), picture.repeats)
-        )
+        survey.examples.append(Example(picture.path, picture.name, add_trigger(caption, trigger), picture.repeats))
     return survey
 
 

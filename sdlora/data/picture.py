@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,14 @@ def read_picture(path: Path) -> Image.Image:
             raise DataError(f"{path}: {problem}; {fix}") from None
 
 
-def strict_warnings() -> warnings.catch_warnings[None]:
+@contextmanager
+def strict_warnings() -> Iterator[None]:
     """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once."""
-    return warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # A damaged tag is no news: a picture that is cut short fails when its pixels are read.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+        yield
 
 
 def decode_picture(path: Path) -> Image.Image:

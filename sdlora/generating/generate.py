@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..adapter.delta import Adapter
 from ..bases.family import Base
 from ..bases.sampling import BATCH_PICTURES, SAMPLERS, Progress, check_request, sample
 from ..combining.plan import Plan, Stacked
-from ..errors import AdapterFileError, ConfigError
+from ..errors import ConfigError
 from .infotext import Tag, format_infotext, parse_prompt
+from .png import make_folder, write_next_png
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def generate(
 
     Raises: ConfigError where a value is out of range; AdapterFileError where an adapter does not fit the base.
     """
-    seeds = _check(base, seed, images, steps, guidance, width, height)
+    seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
     plan = Plan.of(adapters, names)
     _tell(plan.check(base) + find_truncated(base, {"prompt": prompt, "negative prompt": negative}))
     with plan.applied(base):
@@ -109,58 +107,78 @@ def generate_files(
     Raises: ConfigError, AdapterFileError.
     """
     plain, tags = parse_prompt(prompt)
-    seeds = _check(base, seed, images, steps, guidance, width, height)
-    named = [(_find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
+    seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
+    named = [(find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
     used = [_read_lora(*row) for row in [*loras, *named]]
     plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used])
     _tell(plan.check(base) + find_truncated(base, {"prompt": plain, "negative prompt": negative}))
-    _make_folder(out)
+    make_folder(Path(out))
     text = " ".join([plain, *(u.tag for u in used)]).strip()
     settings: dict[str, object] = {"Steps": steps, "Sampler": SAMPLERS[sampler], "CFG scale": f"{guidance:g}"}
     rows: list[dict[str, Any]] = []
     with plan.applied(base):
-        for start in range(0, images, batch_size):
-            part = seeds[start : start + batch_size]
-
-            def report(done: int, all_here: int, start: int = start) -> None:
-                if progress is not None:
-                    progress(start // batch_size * all_here + done, -(-images // batch_size) * all_here)
-
-            began = time.perf_counter()
-            pictures = sample(
-                base,
-                [plain] * len(part),
-                seeds=part,
-                negative=negative,
-                steps=steps,
-                guidance=guidance,
-                width_px=width,
-                height_px=height,
-                batch_size=batch_size,
-                sampler=sampler,
-                progress=report,
-            )
-            seconds = (time.perf_counter() - began) / len(part)
-            for one, picture in zip(part, pictures, strict=True):
-                own = settings | {"Seed": one, "Size": f"{picture.width}x{picture.height}"} | _hashes(base, used)
-                path = write_next_png(picture, out, format_infotext(text, negative, own))
-                rows.append(
-                    {
-                        "file": str(path),
-                        "seed": one,
-                        "prompt": plain,
-                        "loras": [{"file": str(u.path), "weight": u.weight, "sha256": u.sha256} for u in used],
-                        "seconds": round(seconds, 3),
-                    }
-                )
+        for one, picture, seconds in _sample_batches(
+            base,
+            plain,
+            seeds,
+            batch_size,
+            progress,
+            {
+                "negative": negative,
+                "steps": steps,
+                "guidance": guidance,
+                "width_px": width,
+                "height_px": height,
+                "sampler": sampler,
+            },
+        ):
+            own = settings | {"Seed": one, "Size": f"{picture.width}x{picture.height}"} | _hashes(base, used)
+            path = write_next_png(picture, Path(out), format_infotext(text, negative, own))
+            stack = [{"file": str(u.path), "weight": u.weight, "sha256": u.sha256} for u in used]
+            rows.append({"file": str(path), "seed": one, "prompt": prompt, "loras": stack, "seconds": seconds})
     return rows
 
 
+def _sample_batches(
+    base: Base,
+    prompt: str,
+    seeds: list[int],
+    batch_size: int,
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> Iterator[tuple[int, Image.Image, float]]:
+    """(seed, picture, seconds) batch by batch, so that pictures reach the disk while later ones are drawn."""
+    starts = range(0, len(seeds), batch_size)
+    for number, start in enumerate(starts):
+        part = seeds[start : start + batch_size]
+
+        def report(done: int, steps: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * steps + done, len(starts) * steps)
+
+        began = time.perf_counter()
+        pictures = sample(base, [prompt] * len(part), seeds=part, batch_size=batch_size, progress=report, **options)
+        seconds = round((time.perf_counter() - began) / len(part), 3)
+        yield from ((seed, picture, seconds) for seed, picture in zip(part, pictures, strict=True))
+
+
 def _check(
-    base: Base, seed: int, images: int, steps: int, guidance: float, width: int | None, height: int | None
+    base: Base,
+    seed: int,
+    images: int,
+    steps: int,
+    guidance: float,
+    width: int | None,
+    height: int | None,
+    sampler: str,
+    batch_size: int,
 ) -> list[int]:
     if images < 1:
         raise ConfigError(f"images {images} is out of range; use 1 or more")
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} is out of range; use 1 or more")
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler {sampler!r} is not known; use one of {', '.join(SAMPLERS)}")
     seeds = [seed + i for i in range(images)]
     width = base.resolution_px if width is None else width
     height = base.resolution_px if height is None else height
@@ -184,7 +202,11 @@ def _tell(lines: list[str]) -> None:
         _LOG.warning("warning: %s", line)
 
 
-def _find_lora(name: str, folder: Path | None) -> Path:
+def find_lora(name: str, folder: Path | None) -> Path:
+    """name.safetensors of the folder.
+
+    Raises: ConfigError that lists the nearest names.
+    """
     if folder is None:
         raise ConfigError(f"<lora:{name}>: no folder to find it in; give --lora-dir DIR, or --lora FILE")
     if not folder.is_dir():
@@ -214,70 +236,3 @@ def _hashes(base: Base, used: list[Lora]) -> dict[str, object]:
         # ten hex digits of the file's SHA-256: AutoV2
         found["Lora hashes"] = ", ".join(dict.fromkeys(f"{u.path.stem}: {u.sha256[:10]}" for u in used))
     return found | {"Version": f"sdlora {__version__}"}
-
-
-def _make_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give --out a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as e:
-        raise ConfigError(f"{out}: cannot be written to ({e.strerror}); give --out another folder") from None
-
-
-def write_next_png(picture: Image.Image, folder: Path, parameters: str) -> Path:
-    """Writes the picture under the folder's next free number, whole or not at all, and returns its path.
-
-    Two programs that write at once never overwrite each other where the file system has hard links.
-
-    Raises: ConfigError where the folder cannot be written to.
-    """
-    info = PngInfo()
-    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
-    numbers = [int(p.stem) for p in folder.glob("*.png") if p.stem.isascii() and p.stem.isdigit()]
-    number = max(numbers, default=-1) + 1
-    while True:
-        path = folder / f"{number:05d}.png"
-        if write_png(picture, path, info, replace=False):
-            return path
-        number += 1
-
-
-def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None, replace: bool = True) -> bool:
-    """Writes a PNG to a temporary name, syncs it and moves it into place; False where `replace` is off and it exists.
-
-    Raises: ConfigError where it cannot be written.
-    """
-    part: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", suffix=".part", delete=False) as f:
-            part = Path(f.name)
-            picture.save(f, format="PNG", pnginfo=info)
-            f.flush()
-            os.fsync(f.fileno())
-        part.chmod(0o666 & ~_umask())
-        if not replace:
-            if path.exists():
-                return False
-            try:
-                os.link(part, path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without hard links
-                os.replace(part, path)
-            return True
-        os.replace(part, path)
-        return True
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be written ({e.strerror or e}); give another place") from None
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -33,7 +32,8 @@ def labelled_sheet(
     if not rows or not rows[0]:
         raise ConfigError("a sheet needs at least one picture")
     if len(row_labels) != len(rows) or any(len(row) != len(column_labels) for row in rows):
-        raise ConfigError(f"{len(rows)} rows of {[len(r) for r in rows]} pictures do not fit {len(row_labels)} x {len(column_labels)} labels")
+        counts = [len(row) for row in rows]
+        raise ConfigError(f"rows of {counts} pictures do not fit {len(row_labels)} x {len(column_labels)} labels")
     cell_w_px = max(p.width for row in rows for p in row)
     cell_h_px = max(p.height for row in rows for p in row)
     font = ImageFont.load_default(size=max(13, min(cell_w_px, cell_h_px) // 8))
@@ -68,7 +68,8 @@ def labelled_sheet(
         draw.multiline_text(at, label, fill=INK, font=font, anchor="md", align="center")
     for y, (row, label) in enumerate(zip(rows, side, strict=True)):
         y_px = top_px + head_px + y * (cell_h_px + GAP_PX)
-        draw.multiline_text((left_px - GAP_PX, y_px + cell_h_px // 2), label, fill=INK, font=font, anchor="rm", align="right")
+        at = left_px - GAP_PX, y_px + cell_h_px // 2
+        draw.multiline_text(at, label, fill=INK, font=font, anchor="rm", align="right")
         for x, picture in enumerate(row):
             x_px = left_px + x * (cell_w_px + GAP_PX)
             sheet.paste(picture, (x_px + (cell_w_px - picture.width) // 2, y_px + (cell_h_px - picture.height) // 2))
@@ -136,16 +137,5 @@ def weight_grid(
                 height=height,
                 progress=report,
             )
-    return labelled_sheet(
-        sheet, [f"{names[0]} {w:g}" for w in columns], [f"{names[1]} {w:g}" for w in rows], prompt if title is None else title
-    )
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Writes a sheet as PNG, whole or not at all.
-
-    Raises: ConfigError where the path cannot be written.
-    """
-    from .generate import write_png
-
-    write_png(sheet, path)
+    labels = [[f"{name} {w:g}" for w in values] for name, values in zip(names, (columns, rows), strict=True)]
+    return labelled_sheet(sheet, labels[0], labels[1], prompt if title is None else title)

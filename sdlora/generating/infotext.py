@@ -25,8 +25,8 @@ class Tag:
 
     def __str__(self) -> str:
         if self.te_weight == self.weight:
-            return f"<lora:{self.name}:{self.weight:g}>"
-        return f"<lora:{self.name}:{self.te_weight:g}:{self.weight:g}>"
+            return f"<lora:{self.name}:{self.weight:.10g}>"
+        return f"<lora:{self.name}:{self.te_weight:.10g}:{self.weight:.10g}>"
 
 
 def parse_prompt(prompt: str) -> tuple[str, list[Tag]]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a folder of safetensors and JSON with a manifest of sizes and SHA-256 sums."""
+"""Checkpoints that are whole or not there: folders of safetensors and JSON with a manifest of sizes and sums."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     place = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f"{place.name}.tmp-{os.getpid()}"
     temporary.mkdir()
-    contents = (save(checkpoint.factors), save(checkpoint.optimizer), _to_json(checkpoint.state | {"step": checkpoint.step}))
+    state = _to_json(checkpoint.state | {"step": checkpoint.step})
+    contents = (save(checkpoint.factors), save(checkpoint.optimizer), state)
     manifest = {}
     for name, content in zip(_PARTS, contents, strict=True):
         write_synced(temporary / name, content)
@@ -105,6 +106,12 @@ def drop_leftovers(folder: Path) -> None:
     """Removes what a killed run left half-written; only the holder of the run's lock may call it."""
     for path in folder.glob("step-*.tmp-*"):
         shutil.rmtree(path)
+
+
+def drop_half_written(folder: Path) -> None:
+    """Removes the temporary files that `write_atomic` leaves where a run is killed; for the holder of the lock too."""
+    for path in folder.glob(".*.tmp-*"):
+        path.unlink()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ class Metrics:
         self.path = path
         self.rows = [row for row in read_rows(path) if row["step"] <= steps_done]
         write_atomic(path, b"".join(_line(row) for row in self.rows))
-        self._file = open(path, "ab")  # noqa: SIM115: closed by `close`
+        self._file = open(path, "ab")  # noqa: SIM115 (`close` closes it)
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends one row; a value that is not finite is written as null, since JSON has none."""

@@ -17,7 +17,9 @@ def prediction_type_of(scheduler_config: dict[str, object]) -> str:
     """
     kind = str(scheduler_config.get("prediction_type", "epsilon"))
     if kind not in PREDICTION_TYPES:
-        raise BaseModelError(f"prediction_type {kind!r} of the base cannot be trained; use a base with {PREDICTION_TYPES}")
+        raise BaseModelError(
+            f"prediction type {kind!r} cannot be trained; use a base with {' or '.join(PREDICTION_TYPES)}"
+        )
     return kind
 
 

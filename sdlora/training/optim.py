@@ -12,7 +12,7 @@ _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 def rate_factor(step: int, *, schedule: str, warmup_steps: int, steps: int) -> float:
-    """The share 0..1 of the learning rate that step (from 0) of `steps` uses: a linear warm-up, then constant or half a cosine."""
+    """The share 0..1 of the learning rate at a step counted from 0: linear warm-up, then constant or half a cosine."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

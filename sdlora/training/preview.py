@@ -42,7 +42,7 @@ class Previews:
         return bool(self.prompts) and (step == steps or (self.every_steps > 0 and step % self.every_steps == 0))
 
     def draw(self, base: Base, step: int) -> list[Path]:
-        """Writes `step-000100-0.png` and so on; a preview that cannot be drawn is a line on the screen, not the run's end."""
+        """Writes `step-000100-0.png` and so on; one that cannot be drawn is a line on the screen, not the run's end."""
         states = _encode(base, self.prompts) if self.states is None else self.states
         side_px = self.resolution_px
         try:

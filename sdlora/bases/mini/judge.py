@@ -97,7 +97,11 @@ class TextEncoder(nn.Module):
         self.rows = {word: row for row, word in enumerate(vocabulary)}
         self.words = nn.Embedding(len(vocabulary), EMBEDDING)
         self.places = nn.Parameter(torch.zeros(max_words, EMBEDDING))
-        self.mix = nn.Sequential(nn.LayerNorm(EMBEDDING), nn.Linear(EMBEDDING, 128), nn.GELU(), nn.Linear(128, EMBEDDING))
+        last = nn.Linear(128, EMBEDDING)
+        self.mix = nn.Sequential(nn.LayerNorm(EMBEDDING), nn.Linear(EMBEDDING, 128), nn.GELU(), last)
+        nn.init.normal_(self.words.weight, std=0.1)  # labels start far apart, and the words move quickly
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def tokens(self, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Word rows int64 [N, W] and a mask [N, W] of the places that hold one."""
@@ -131,12 +135,12 @@ class JudgeModel(nn.Module):
 
 
 def prepare(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of any size and mode as the encoder takes them: float32 [B, 3, 64, 64] in -1..1, padded to squares on white."""
+    """Pictures of any size and mode as the encoder takes them, squares on white: float32 [B, 3, 64, 64] in -1..1."""
     squares = []
     for image in images:
         rgba = image.convert("RGBA")
         side = max(rgba.size)
-        page = Image.new("RGBA", (side, side), "white")
+        page = Image.new("RGBA", (side, side), "black")
         page.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
         how = Image.Resampling.BOX if side >= INPUT_PX else Image.Resampling.BILINEAR
         small = page.convert("RGB").resize((INPUT_PX, INPUT_PX), how)
@@ -231,6 +235,6 @@ def load_judge(folder: Path = FOLDER) -> Judge:
         model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     except (OSError, KeyError, ValueError, RuntimeError) as problem:
         reason = str(problem).splitlines()[0]
-        raise BaseModelError(f"{folder}: no usable judge there ({reason}): reinstall sdlora or build it again") from None
+        raise BaseModelError(f"{folder}: no usable judge there ({reason}): install sdlora again") from None
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Judge(model, config["labels"], config["styles"])

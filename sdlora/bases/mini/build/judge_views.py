@@ -143,7 +143,7 @@ def change_look(x: Tensor, share: float, rng: Generator) -> tuple[Tensor, Tensor
 
 
 def move(x: Tensor, rng: Generator) -> Tensor:
-    """Mirrors, scales by 0.75 to 1.12, turns by up to 12 degrees and shifts by up to a tenth, on white; one in five is left."""
+    """Mirrors, scales, turns by up to 12 degrees and shifts by up to a tenth, on white; one in five only mirrors."""
     b = len(x)
     still = torch.rand(b, generator=rng) < 0.2
     scale = torch.rand(b, generator=rng) * 0.37 + 0.75
@@ -152,13 +152,15 @@ def move(x: Tensor, rng: Generator) -> Tensor:
     scale[still], angle[still], shift[still] = 1.0, 0.0, 0.0
     mirror = torch.where(torch.rand(b, generator=rng) < 0.5, -1.0, 1.0)
     c, s = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([torch.stack([c * mirror, -s, shift[:, 0]], 1), torch.stack([s * mirror, c, shift[:, 1]], 1)], 1)
+    across = torch.stack([c * mirror, -s, shift[:, 0]], 1)
+    down = torch.stack([s * mirror, c, shift[:, 1]], 1)
+    theta = torch.stack([across, down], 1)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return 1 - F.grid_sample(1 - x, grid, align_corners=False)
 
 
 def degrade(x: Tensor, rng: Generator) -> Tensor:
-    """Blur, coarse pixels, noise, small errors of colour and contrast, a covered patch: none of it changes the style."""
+    """Blur, coarse pixels, noise, small errors of colour and contrast, a covered patch: the style stays the same."""
     b, _, h, w = x.shape
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.where(_chance(b, 0.35, rng), x + (soft - x) * _uniform(b, 0.2, 1, rng), x)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...norm import use_fast_group_norm
 from .art import BASE_SETS
 from .captions import caption
+from .fast import speed_up
 from .looks import LOOKS, move
 from .pictures import CAT_LABEL, Pictures
 from .state import load_state, save_state
@@ -99,6 +100,19 @@ class Pool:
     words: list[list[str]]
 
 
+def _draw_variants(pixels: np.ndarray, row: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """One drawing plain, moved and in its looks, uint8 [V, 128, 128, 3], and the words of each look."""
+    rng = np.random.default_rng((seed, row))
+    picture = Image.fromarray(np.asarray(pixels))
+    variants = [picture] + [move(picture, rng) for _ in range(PLAIN_VARIANTS - 1)]
+    said = [""] * PLAIN_VARIANTS
+    for choice in rng.permutation(len(LOOKS))[:LOOK_VARIANTS]:
+        looked, word = LOOKS[choice](move(picture, rng), rng)
+        variants.append(looked)
+        said.append(word)
+    return np.stack([np.asarray(v) for v in variants]), said
+
+
 def encode_pool(pictures: Pictures, vae: nn.Module, work: Path, seed: int = 0) -> Pool:
     """Every trained drawing plain, moved and in LOOK_VARIANTS looks, encoded once; cached in the build folder."""
     things = set(trained_things(pictures))
@@ -109,20 +123,13 @@ def encode_pool(pictures: Pictures, vae: nn.Module, work: Path, seed: int = 0) -
     saved = load_state(work / "pool.pt") if index.exists() else {}
     if not saved:
         latents, words = [], []
-        for row in range(len(mine.labels)):
-            rng = np.random.default_rng((seed, row))
-            picture = Image.fromarray(np.asarray(mine.pixels[row]))
-            variants = [picture] + [move(picture, rng) for _ in range(PLAIN_VARIANTS - 1)]
-            said = [""] * PLAIN_VARIANTS
-            for choice in rng.permutation(len(LOOKS))[:LOOK_VARIANTS]:
-                looked, word = LOOKS[choice](move(picture, rng), rng)
-                variants.append(looked)
-                said.append(word)
-            pixels = np.stack([np.asarray(v) for v in variants])
-            latents.append((encode_means(vae, pixels) * SCALING_FACTOR).half())
-            words.append(said)
-            if row % 100 == 0:
-                print(f"pool {row}/{len(mine.labels)}", flush=True)
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
+            drawn = workers.map(_draw_variants, mine.pixels, range(len(mine.labels)), repeat(seed), chunksize=8)
+            for row, (pixels, said) in enumerate(drawn):
+                latents.append((encode_means(vae, pixels) * SCALING_FACTOR).half())
+                words.append(said)
+                if row % 100 == 0:
+                    print(f"pool {row}/{len(mine.labels)}", flush=True)
         saved = {"latents": torch.stack(latents)}
         save_state(work / "pool.pt", saved)
         index.write_text(json.dumps(words), encoding="utf-8")
@@ -167,6 +174,99 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 200) * min(1.0, 0.02 + 0.98 * left)
 
 
+class Trainer:
+    """UNet and text encoder under training: the models, AdamW, the running averages and the step reached.
+
+    On a CPU a step's batch is shared by `workers` Python threads of one compute thread each, which
+    lose far less to a busy machine than operators that are split over threads (`docs/log.md`).
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, workers: int, learning_rate: float, seed: int, device: str) -> None:
+        torch.manual_seed(seed)
+        unet, text = new_unet(), new_text_encoder(len(tokenizer))
+        if device == "cpu":
+            speed_up(unet)
+            text.set_attn_implementation("eager")
+        self.both = nn.ModuleDict({"unet": unet.to(memory_format=torch.channels_last), "text_encoder": text})
+        self.both.to(device).train()
+        # The optimizer works on float32 masters; the models compute with bfloat16 copies, made once a step.
+        self.params = [nn.Parameter(p.detach().clone()) for p in self.both.parameters()]
+        self.both.to(torch.bfloat16)
+        self.tokenizer, self.device = tokenizer, device
+        groups = [self.params[i::workers] for i in range(workers)]
+        self.optimizers = [
+            torch.optim.AdamW(
+                [
+                    {"params": [p for p in group if p.dim() > 1], "weight_decay": 0.02},
+                    {"params": [p for p in group if p.dim() <= 1], "weight_decay": 0.0},
+                ],
+                lr=learning_rate,
+                betas=(0.9, 0.98),
+                fused=True,
+            )
+            for group in groups
+        ]
+        self.average = [p.detach().clone() for p in self.params]
+        self.step = 0
+        self.schedule = DDPMScheduler(**SCHEDULE)
+        self.share, weight = timestep_table(self.schedule.alphas_cumprod)
+        self.weight = weight.to(device)
+        self.threads = ThreadPoolExecutor(workers)
+        self.workers = workers
+
+    def load(self, path: Path) -> None:
+        saved = load_state(path)
+        if saved:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, list(saved["masters"]))
+                torch._foreach_copy_(list(self.both.parameters()), self.params)
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.average, self.step = [a.to(self.device) for a in saved["average"]], saved["step"]
+
+    def save(self, path: Path) -> None:
+        state = {
+            "masters": [p.detach() for p in self.params],
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "average": self.average,
+            "step": self.step,
+        }
+        save_state(path, state)
+
+    def _gradients(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x_t, noise, t, ids = (v.to(self.device) for v in part)
+        x_t = x_t.to(torch.bfloat16, memory_format=torch.channels_last)
+        predicted = self.both["unet"](x_t, t, self.both["text_encoder"](ids)[0]).sample
+        error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
+        loss = (error * self.weight[t]).mean()
+        return error.detach(), torch.autograd.grad(loss, list(self.both.parameters()))
+
+    def train_step(self, x0: Tensor, prompts: list[str], learning_rate: float, seed: int) -> Tensor:
+        """One step on scaled latents x0 [B, 4, 16, 16]; returns every sample's error on epsilon [B]."""
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + self.step)
+        noise = torch.randn(x0.shape, generator=rng)
+        t = torch.multinomial(self.share, len(x0), replacement=True, generator=rng)
+        x_t = self.schedule.add_noise(x0, noise, t)
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        parts = zip(*(v.chunk(self.workers) for v in (x_t, noise, t, ids)), strict=True)
+        done = list(self.threads.map(self._gradients, parts))
+        for i, p in enumerate(self.params):
+            p.grad = sum((grads[i].float() for _, grads in done[1:]), done[0][1][i].float()) / len(done)
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        list(self.threads.map(lambda o: o.step(), self.optimizers))
+        decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.both.parameters()), self.params)
+            torch._foreach_lerp_(self.average, self.params, 1 - decay)
+        self.step += 1
+        return torch.cat([error for error, _ in done])
+
+
 def train_unet(
     pool: Pool,
     tokenizer: CLIPTokenizer,
@@ -177,84 +277,30 @@ def train_unet(
     learning_rate: float = 6e-4,
     seed: int = 0,
     device: str = "cpu",
-    stop_at: int | None = None,
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Trains both to `steps`, going on from the last saved state, and returns their running averages."""
-    torch.manual_seed(seed)
-    unet, text = new_unet(), new_text_encoder(len(tokenizer))
-    use_fast_group_norm(unet)
-    unet.set_attn_processor(AttnProcessor())  # plain matrix attention: faster than SDPA's CPU kernel at these widths
-    unet.to(device, memory_format=torch.channels_last).train()
-    text.to(device).train()
-    text.set_attn_implementation("eager")
-    both = nn.ModuleDict({"unet": unet, "text_encoder": text})
-    decayed = [p for p in both.parameters() if p.dim() > 1]
-    others = [p for p in both.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    average = [p.detach().clone() for p in both.parameters()]
-    start = 0
-    saved = load_state(work / "unet.part.pt")
-    if saved:
-        both.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average, start = [a.to(device) for a in saved["average"]], saved["step"]
-    noise_scheduler = DDPMScheduler(**SCHEDULE)
-    share, weight = timestep_table(noise_scheduler.alphas_cumprod)
-    weight = weight.to(device)
-    log = open(work / "unet.log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    began, losses = time.perf_counter(), []
-    last = steps if stop_at is None else min(stop_at, steps)
-    for step in range(start, last):
-        lr = learning_rate_at(step, steps, learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x0, prompts = _draw_batch(pool, step, batch, seed)
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        noise = torch.randn(x0.shape, generator=rng)
-        t = torch.multinomial(share, batch, replacement=True, generator=rng)
-        x_t = noise_scheduler.add_noise(x0, noise, t).to(device).contiguous(memory_format=torch.channels_last)
-        ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast(device, torch.bfloat16):
-            states = text(ids.to(device))[0]
-            predicted = unet(x_t, t.to(device), states).sample
-        error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3))  # [B]
-        loss = (error * weight[t.to(device)]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, list(both.parameters()), 1 - decay)
-        losses.append(error.detach().mean())
-        if (step + 1) % 50 == 0 or step + 1 == last:
-            rate = (time.perf_counter() - began) / (step + 1 - start)
+    workers: int = 2,
+) -> None:
+    """Trains to `steps`, going on from the last saved state; `export` takes the running averages from it.
+
+    A file STOP in the build folder ends the run at its next save.
+    """
+    torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
+    trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
+    trainer.load(work / "unet.part.pt")
+    began, start, errors = time.perf_counter(), trainer.step, []
+    while trainer.step < steps:
+        x0, prompts = _draw_batch(pool, trainer.step, batch, seed)
+        lr = learning_rate_at(trainer.step, steps, learning_rate)
+        errors.append(trainer.train_step(x0, prompts, lr, seed).mean())
+        if trainer.step % 50 == 0 or trainer.step == steps:
             row = {
-                "step": step + 1,
-                "error": round(torch.stack(losses).mean().item(), 5),
+                "step": trainer.step,
+                "error": round(torch.stack(errors).mean().item(), 5),
                 "lr": lr,
-                "s_per_step": round(rate, 4),
+                "s_per_step": round((time.perf_counter() - began) / (trainer.step - start), 4),
             }
-            losses = []
+            errors = []
             print(json.dumps(row), flush=True)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-        if (step + 1) % 250 == 0 or step + 1 == last:
-            state = {
-                "model": both.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average,
-                "step": step + 1,
-            }
-            save_state(work / "unet.part.pt", state)
+        if trainer.step % 250 == 0 or trainer.step == steps:
+            trainer.save(work / "unet.part.pt")
             if (work / "STOP").exists():
                 break
-    log.close()
-    with torch.no_grad():
-        for p, a in zip(both.parameters(), average, strict=True):
-            p.copy_(a)
-    return unet.eval().requires_grad_(False), text.eval().requires_grad_(False)

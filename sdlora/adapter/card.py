@@ -1,0 +1,174 @@
+"""An adapter's card as a file's string metadata and back, as kohya's tools, modelspec and diffusers name it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .delta import Card
+from .keys import DEFAULT_FAMILY, GRAMMARS, path_of_dotted
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class FamilyNames:
+    """What a family is called in a file's metadata, and what its bases were trained at."""
+
+    kohya: str
+    architecture: str
+    prediction_type: str
+    resolution_px: int
+
+
+FAMILY_NAMES: dict[str, FamilyNames] = {
+    "sd1": FamilyNames("sd_v1", "stable-diffusion-v1", "epsilon", 512),
+    "sd2": FamilyNames("sd_v2", "stable-diffusion-v2", "epsilon", 512),
+    "mini": FamilyNames("sdlora_mini", "stable-diffusion-v1-mini", "epsilon", 128),
+}
+FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+"""By the width of the text states that cross-attention reads."""
+
+Alphas = Mapping[str, float]
+Modules = Mapping[str, tuple[int, float]]
+"""By module path: rank and alpha."""
+
+
+def describe_card(card: Card, modules: Modules) -> dict[str, str]:
+    """The metadata of a file: strings, nothing private, nothing that differs from run to run."""
+    ranks, alphas = {r for r, _ in modules.values()}, {a for _, a in modules.values()}
+    base = public_name(card.base)
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{card.trigger} LoRA" if card.trigger else "LoRA",
+        "sdlora.version": FORMAT_VERSION,
+    }
+    names = FAMILY_NAMES.get(card.family)
+    if names:
+        side = card.settings.get("resolution") or names.resolution_px
+        metadata |= {
+            "ss_base_model_version": names.kohya,
+            "modelspec.architecture": f"{names.architecture}/lora",
+            "modelspec.prediction_type": str(card.settings.get("prediction_type") or names.prediction_type),
+            "modelspec.resolution": f"{side}x{side}",
+        }
+    if card.trigger:
+        metadata["modelspec.trigger_phrase"] = card.trigger
+    if card.family:
+        metadata["sdlora.family"] = card.family
+    if base:
+        metadata["sdlora.base"] = base
+    if card.settings:
+        settings = dict(card.settings)
+        if "base" in settings:
+            settings["base"] = base or public_name(str(settings["base"]))
+        metadata["sdlora.recipe"] = json.dumps(
+            settings, sort_keys=True, ensure_ascii=False, default=lambda v: public_name(str(v))
+        )
+    return {k: v.encode("utf-8", "replace").decode("utf-8") for k, v in metadata.items()}
+
+
+def read_card(metadata: Mapping[str, str], down_shapes: Mapping[str, tuple[int, ...]]) -> Card:
+    """The card of a file that any tool may have written; what it does not say stays empty."""
+    try:
+        settings = json.loads(metadata.get("sdlora.recipe", "{}"))
+    except (ValueError, RecursionError):
+        settings = {}
+    return Card(
+        family=metadata.get("sdlora.family") or _guess_family(metadata, down_shapes),
+        base=public_name(metadata.get("sdlora.base", "")),
+        trigger=metadata.get("modelspec.trigger_phrase", ""),
+        settings=settings if isinstance(settings, dict) else {},
+        metadata=dict(metadata),
+    )
+
+
+def public_name(base: str) -> str:
+    """A base's name without the folders that lead to it; a hub id `owner/name` stays as it is."""
+    clean = base.replace("\\", "/").rstrip("/")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", clean) is not None
+    return clean if is_hub_id else clean.rsplit("/", 1)[-1]
+
+
+def _public_text(value: object) -> str:
+    """What a setting that JSON has no type for is written as; of a path, the last component."""
+    return public_name(str(value))
+
+
+def describe_alphas(modules: Modules) -> dict[str, str]:
+    """Ranks and alphas as diffusers keeps them for names that have no alpha of their own: one LoraConfig a part."""
+    config: dict[str, Any] = {}
+    for part in sorted({p.partition(".")[0] for p in modules}):
+        mine = {_peft_name(p): x for p, x in sorted(modules.items()) if p.startswith(f"{part}.")}
+        rank, alpha = next(iter(mine.values()))
+        config[f"{part}.r"], config[f"{part}.lora_alpha"] = rank, _whole(alpha)
+        config[f"{part}.target_modules"] = list(mine)
+        config[f"{part}.rank_pattern"] = {n: r for n, (r, _) in mine.items() if r != rank}
+        config[f"{part}.alpha_pattern"] = {n: _whole(a) for n, (_, a) in mine.items() if a != alpha}
+    return {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+
+
+def alphas_of(metadata: Mapping[str, str]) -> Alphas:
+    """Alphas by module path that a diffusers file's metadata gives; a config that says nothing usable gives none."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    found = _Alphas()
+    for part in GRAMMARS[DEFAULT_FAMILY].prefixes:
+        general: Any = config.get(f"{part}.lora_alpha")
+        pattern: Any = config.get(f"{part}.alpha_pattern")
+        if _is_number(general):
+            found.general[part] = float(general)
+        for name, alpha in (pattern if isinstance(pattern, dict) else {}).items():
+            path = path_of_dotted(f"{part}.{name}")
+            if path and _is_number(alpha):
+                found[path] = float(alpha)
+    return found
+
+
+class _Alphas(dict[str, float]):
+    """Alphas by path, and by part for the modules that no pattern names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.general: dict[str, float] = {}
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return self[path] if path in self else self.general.get(path.partition(".")[0], default)
+
+
+def _peft_name(path: str) -> str:
+    # PEFT matches names from their end, so without `text_model.` they fit both layouts of a CLIPTextModel.
+    return path.partition(".")[2].removeprefix("text_model.")
+
+
+def _whole(value: float) -> float:
+    return int(value) if value.is_integer() else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _guess_family(metadata: Mapping[str, str], down_shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """From the width of the text states, which no SD1 shares with an SD2; else from kohya's word."""
+    for path, shape in down_shapes.items():
+        if path.endswith((".attn2.to_k", ".attn2.to_v")):
+            return FAMILY_OF_TEXT_WIDTH.get(shape[1], "")
+    word = metadata.get("ss_base_model_version", "")
+    return next((f for f, names in FAMILY_NAMES.items() if word.startswith(names.kohya)), "")
+
+
+__all__ = ["FAMILY_NAMES", "alphas_of", "describe_alphas", "describe_card", "public_name", "read_card"]

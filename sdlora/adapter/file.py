@@ -1,0 +1,263 @@
+"""Reads and writes adapters as .safetensors files under kohya's, diffusers' or PEFT's names."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError
+from . import card as cards
+from . import keys
+from .delta import Adapter, Delta, LowRank
+from .header import FLOAT_DTYPES, Entry, parse_header, printable, read_header, replace_metadata
+
+WRITTEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _warn_on_stderr(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def write_adapter(
+    adapter: Adapter, path: str | Path, format: str = "kohya", dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes one .safetensors file, whole or not at all; the same adapter gives the same bytes.
+
+    `format` is kohya, diffusers or peft; factors are stored as `dtype` (float32, float16, bfloat16), alphas as float32.
+    Raises: AdapterFileError where the adapter cannot be written so, or the path cannot be written.
+    """
+    path = Path(path)
+    if format not in keys.FORMATS:
+        raise AdapterFileError(f"format {format!r} is not known; use {', '.join(keys.FORMATS)}")
+    if dtype not in WRITTEN_DTYPES:
+        raise AdapterFileError(f"dtype {dtype} cannot be written; use float32, float16 or bfloat16")
+    if path.suffix != ".safetensors":
+        raise AdapterFileError(f"{printable(path)} must end in .safetensors, or other tools will not open it")
+    if not adapter.deltas:
+        raise AdapterFileError(f"{printable(path)} would hold no module; nothing is written")
+    pairs = {p: _checked_pair(p, adapter.deltas[p], dtype) for p in sorted(adapter.deltas)}
+    metadata = cards.describe_card(adapter.card, {p: (x.rank, x.alpha) for p, x in pairs.items()})
+    if format != "kohya":
+        metadata |= cards.describe_alphas({p: (x.rank, x.alpha) for p, x in pairs.items()})
+    tensors = _named_tensors(pairs, format, adapter.card.family)
+    _write_atomically(path, replace_metadata(safetensors.torch.save(tensors), metadata))
+
+
+def _checked_pair(path: str, delta: Delta, dtype: torch.dtype) -> LowRank:
+    """The pair as it will be stored: contiguous CPU tensors of `dtype` and an alpha that float32 can hold."""
+    if not isinstance(delta, LowRank):
+        raise AdapterFileError(f"{path} is a {type(delta).__name__} change; only low-rank changes can be written yet")
+    alpha = float(torch.tensor(delta.alpha, dtype=torch.float32))
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise AdapterFileError(f"{path} has alpha {delta.alpha}; it must be a number above 0")
+    pair = LowRank(
+        delta.down.detach().to("cpu", dtype).contiguous(), delta.up.detach().to("cpu", dtype).contiguous(), alpha
+    )
+    _check_shapes(path, tuple(pair.down.shape), tuple(pair.up.shape))
+    for role, factor in (("down", pair.down), ("up", pair.up)):
+        if not bool(factor.isfinite().all()):
+            raise AdapterFileError(f"{path}: its {role} factor is not finite as {dtype}; nothing is written")
+    return pair
+
+
+def _named_tensors(pairs: Mapping[str, LowRank], format: str, family: str) -> dict[str, Tensor]:
+    family = family if family in keys.GRAMMARS else keys.DEFAULT_FAMILY
+    single = len({p.partition(".")[0] for p in pairs}) == 1
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        if not keys.is_known(path, family):
+            raise AdapterFileError(f"{path} has no name in a {family} file; only its UNet and text encoder have")
+        down, up = keys.write_keys(path, format, family, single)
+        tensors[down], tensors[up] = pair.down.clone(), pair.up.clone()  # clones: shared storage cannot be stored
+        if format == "kohya":
+            tensors[f"{keys.kohya_name(path, family)}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
+    return tensors
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Under a temporary name first; it takes the real name once it has been read back right from the disk."""
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.is_dir():
+            raise AdapterFileError(f"{printable(path)} is a folder; give the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            written = part.read_bytes()
+            if written != data:
+                raise AdapterFileError(f"{printable(path)} was not stored as written; check the disk")
+            length = int.from_bytes(written[:8], "little")
+            parse_header(written[8 : 8 + length], len(written) - 8 - length, printable(path))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise AdapterFileError(f"{printable(path)} cannot be written: {printable(reason)}") from e
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the file itself is safe
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_stderr) -> Adapter:
+    """Reads a LoRA file of any of the three namings; factors keep the file's dtype, a missing alpha means the rank.
+
+    What does not belong to a low-rank pair is named through `warn`, one line at a time.
+    Raises: AdapterFileError where the file is broken, holds another kind of adapter, or nothing of it fits.
+    """
+    path = Path(path)
+    entries, metadata = read_header(path)
+    name = printable(path)
+    modules, unknown = _sort_keys(entries, name)
+    if not modules:
+        raise AdapterFileError(f"{name} {_why_nothing_fits(entries)}")
+    for key in unknown[:5]:
+        warn(f"{name}: {printable(key)} belongs to no module of a Stable Diffusion 1 or 2 and is left out")
+    if len(unknown) > 5:
+        warn(f"{name}: {len(unknown) - 5} more such keys are left out")
+    _check_entries(modules, entries, name)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except Exception as e:  # the library raises what it likes; the header is sound, so this is the disk or the dtype
+        raise AdapterFileError(f"{name} cannot be read: {printable(e)}") from e
+    alphas = cards.alphas_of(metadata)
+    deltas: dict[str, Delta] = {p: _read_pair(p, roles, tensors, alphas, name) for p, roles in sorted(modules.items())}
+    return Adapter(deltas, cards.read_card(metadata, {p: e.shape for p, e in _downs(modules, entries).items()}))
+
+
+def _sort_keys(entries: Mapping[str, Entry], name: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module path -> role -> key, and the keys that are nothing known."""
+    modules: dict[str, dict[str, str]] = {}
+    unknown: list[str] = []
+    for key in entries:
+        kind = keys.other_kind(key)
+        if kind:
+            raise AdapterFileError(f"{name} is not plain LoRA: {printable(key)} makes it {kind}, which is not read yet")
+        role = keys.read_key(key)
+        if role is None:
+            unknown.append(key)
+            continue
+        twin = modules.setdefault(role.path, {}).setdefault(role.role, key)
+        if twin != key:
+            raise AdapterFileError(f"{name} names {printable(role.path)} twice: {printable(twin)} and {printable(key)}")
+    return modules, unknown
+
+
+def _why_nothing_fits(entries: Mapping[str, Entry]) -> str:
+    for start, family in keys.FOREIGN_PREFIXES.items():
+        if any(k.removeprefix(keys.PEFT_PREFIX).startswith(start) for k in entries):
+            return f"is a LoRA for {family}, which is not supported yet; give one for Stable Diffusion 1 or 2"
+    if not entries:
+        return "holds no tensors; it is no LoRA"
+    return f"is no LoRA that is known: none of its {len(entries)} keys fits, such as {printable(min(entries))}"
+
+
+def _downs(modules: Mapping[str, Mapping[str, str]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    return {path: entries[roles["down"]] for path, roles in modules.items()}
+
+
+def _check_entries(modules: Mapping[str, Mapping[str, str]], entries: Mapping[str, Entry], name: str) -> None:
+    """Every module has both factors, of float dtypes and shapes that can be multiplied."""
+    for path, roles in sorted(modules.items()):
+        for role in ("down", "up"):
+            if role not in roles:
+                key = printable(roles.get("down") or roles.get("up") or roles["alpha"])
+                raise AdapterFileError(f"{name} has {key} but no {role} factor for {path}; the file is incomplete")
+        for key in roles.values():
+            if entries[key].dtype not in FLOAT_DTYPES:
+                raise AdapterFileError(f"{name}: {printable(key)} is {entries[key].dtype}; a factor must be a float")
+        if "alpha" in roles and math.prod(entries[roles["alpha"]].shape) != 1:
+            raise AdapterFileError(f"{name}: {printable(roles['alpha'])} must be a single number")
+        try:
+            _check_shapes(path, entries[roles["down"]].shape, entries[roles["up"]].shape)
+        except AdapterFileError as e:
+            raise AdapterFileError(f"{name}: {e}") from None
+
+
+def _check_shapes(path: str, down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    if len(down) not in (2, 4) or len(up) != len(down) or 0 in down + up or up[2:] not in ((), (1, 1)):
+        raise AdapterFileError(f"{path} has factors of shapes {list(down)} and {list(up)}, which is no low-rank pair")
+    if down[0] != up[1]:
+        raise AdapterFileError(f"{path} has rank {down[0]} in its down factor and {up[1]} in its up factor")
+
+
+def _read_pair(
+    path: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor], alphas: cards.Alphas, name: str
+) -> LowRank:
+    down, up = tensors[roles["down"]], tensors[roles["up"]]
+    for role in ("down", "up"):
+        if not bool(tensors[roles[role]].float().isfinite().all()):
+            raise AdapterFileError(f"{name}: {printable(roles[role])} holds NaN or infinity; train it again")
+    alpha = float(tensors[roles["alpha"]].item()) if "alpha" in roles else alphas.get(path, float(down.shape[0]))
+    if not (math.isfinite(alpha) and alpha > 0):
+        key = printable(roles.get("alpha", path))
+        raise AdapterFileError(f"{name}: {key} is an alpha of {alpha}; it must be a number above 0")
+    return LowRank(down, up, alpha)
+
+
+def misfits(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What keeps an adapter from acting on a base's parts: one line for each module, empty where everything fits."""
+    problems: list[str] = []
+    for path, delta in adapter.deltas.items():
+        try:
+            weight = keys.find_module(modules, path).weight
+        except (KeyError, AttributeError):
+            part = path.partition(".")[0]
+            problems.append(f"{path} is not in the base" + ("" if part in modules else f" ({part} is not loaded)"))
+            continue
+        assert isinstance(weight, Tensor)
+        if isinstance(delta, LowRank):
+            shape = (delta.up.shape[0], *delta.down.shape[1:])
+        else:
+            shape = tuple(delta.weight().shape)
+        if shape != tuple(weight.shape):
+            problems.append(f"{path} is {_size(shape)} in the LoRA and {_size(tuple(weight.shape))} in the base")
+    return problems
+
+
+def check_fit(adapter: Adapter, modules: Mapping[str, nn.Module], name: str) -> None:
+    """Makes sure that every module of the adapter called `name` is in the base, with the same shape.
+
+    Raises: AdapterFileError that names the first misfit and both shapes.
+    """
+    problems = misfits(adapter, modules)
+    if problems:
+        made_for = f" (it says {printable(adapter.card.base, 60)})" if adapter.card.base else ""
+        count = f", and {len(problems) - 1} more of {len(adapter.deltas)} modules" if len(problems) > 1 else ""
+        raise AdapterFileError(f"{printable(name)} is for another base{made_for}: {problems[0]}{count}")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of the whole file, 64 lower-case hex digits."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise AdapterFileError(f"{printable(path)} cannot be read: {printable(e.strerror or e)}") from e
+
+
+def autov2(path: str | Path) -> str:
+    """The first ten hex digits of the file's SHA-256, as A1111 and Civitai show it."""
+    return file_sha256(path)[:10]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+__all__ = ["autov2", "check_fit", "file_sha256", "misfits", "read_adapter", "write_adapter"]

@@ -1,0 +1,354 @@
+"""The command line: one table from verb to function, one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml, suggest
+from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
+from .flags import Parser, add_recipe_flags, parse_lora, read_number, read_whole_number
+from .places import check_files, check_folder, check_output
+
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+_FORMATS = ("kohya", "diffusers", "peft")
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_LORA = "LoRA file with its weight (default 1) and, after it, another weight for the text encoder's part"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does in a line, its flags, and the function that returns the exit code."""
+
+    summary: str
+    add_flags: Callable[[Parser], None]
+    run: Callable[[Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for wrong input, 130 when interrupted."""
+    # Before anything imports the libraries that read them.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except SdloraError as error:
+        say(f"error: {error}")
+        return 2
+    except RunInterrupted as error:
+        say(str(error))
+        return 130
+    except KeyboardInterrupt:
+        say("interrupted; nothing to save, run the same command again")
+        return 130
+    except SystemExit as stop:  # argparse's --help
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Finds the verb and runs it.
+
+    Raises: ConfigError for a verb or flag that is not known; whatever the verb raises.
+    """
+    word = argv[0] if argv else ""
+    if word in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if word == "--version":
+        print(f"sdlora {__version__}")
+        return 0
+    if word not in VERBS:
+        known = f"use one of {', '.join(VERBS)}"
+        if word.startswith("-"):
+            raise ConfigError(f"unknown flag {word}{suggest(word, ['--help', '--version']) or f'; {known}'}")
+        raise ConfigError(f"unknown verb {word}{suggest(word, VERBS) or f'; {known}'}" if word else f"no verb; {known}")
+    verb = VERBS[word]
+    parser = Parser(f"sdlora {word}", f"{verb.summary[0].upper()}{verb.summary[1:]}.")
+    verb.add_flags(parser)
+    return verb.run(parser.parse(argv[1:]))
+
+
+def overview() -> str:
+    """The text of `sdlora --help`."""
+    rows = [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: sdlora VERB …",
+            "",
+            "Teaches Stable Diffusion an art style from a folder of captioned pictures,",
+            "stacks such LoRAs, and shares each as one .safetensors file.",
+            "",
+            *rows,
+            "",
+            "sdlora VERB --help explains a verb; sdlora --version prints the version.",
+        ]
+    )
+
+
+def say(line: str) -> None:
+    """Prints exactly one line on stderr, whatever is in it."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
+    print(line, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Prints the one JSON document of a command."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show_name(path: object) -> str:
+    """A path as stdout can always print it."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+# --- demo ---------------------------------------------------------------------------------------------------------
+
+
+def add_demo(parser: Parser) -> None:
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("demo"), help="folder for the results (demo)")
+
+
+def run_demo(args: Namespace) -> int:
+    check_folder(args.out)
+    from .demo import run_demo as run
+
+    run(args.out)
+    return 0
+
+
+# --- check --------------------------------------------------------------------------------------------------------
+
+
+def add_check(parser: Parser) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder of pictures and captions")
+    parser.add_argument("--base", default="mini", help="mini, a diffusers folder, or a hub id (default: mini)")
+    parser.add_argument("--trigger", metavar="TEXT", default="", help="as train will be given it")
+    parser.add_argument("--resolution", metavar="PX", type=read_whole_number, help="as train will be given it")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run_check(args: Namespace) -> int:
+    from .bases.facts import read_base_facts
+    from .data.check import list_report, note_base, write_report
+    from .data.folder import describe_problems, survey_folder
+
+    recipe = Recipe(base=args.base, trigger=args.trigger, resolution=args.resolution)
+    survey = survey_folder(args.data, recipe.trigger)
+    resolution_px, count = recipe.resolution, None
+    try:
+        facts = read_base_facts(recipe.base)
+        facts.count_tokens([])
+        resolution_px, count = resolution_px or facts.resolution_px, facts.count_tokens
+    except BaseModelError as error:
+        note_base(survey, recipe.base, str(error))
+    report = write_report(survey, resolution_px, count)
+    if args.json:
+        print_json(report)
+    else:
+        for line in list_report(report, len({e.caption for e in survey.examples})):
+            print(show_name(line))
+    if survey.problems:
+        say(f"error: {describe_problems(survey.folder, survey.problems)}")
+        return 2
+    return 0
+
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+
+def add_train(parser: Parser) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder of pictures, each with its caption in a .txt file")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", metavar="FILE", type=Path, help="LoRA to write (default: runs/<folder name>.safetensors)")
+    run.add_argument("--config", metavar="TOML", type=Path, help="recipe to start from; flags go before it")
+    run.add_argument("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
+    run.add_argument("--restart", action="store_true", help="start over instead of going on")
+    run.add_argument("--dry-run", action="store_true", help="print what would happen and stop")
+    add_recipe_flags(parser)
+
+
+def run_train(args: Namespace) -> int:
+    flags = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    recipe = recipe_from_toml(args.config, flags)
+    data = Path(args.data)
+    out = args.out or Path("runs") / f"{data.resolve().name or 'lora'}.safetensors"
+    if args.dry_run:
+        print_plan(data, recipe, out)
+        return 0
+    from .data.folder import scan_folder
+
+    # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
+    check_output(out, [])
+    scan_folder(data, recipe.trigger)
+    from .bases.facts import read_base_facts
+
+    read_base_facts(recipe.base)
+    from .training.loop import run_training
+
+    print(show_name(run_training(data, recipe, out, device=args.device, restart=args.restart)))
+    return 0
+
+
+def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
+    """Prints what training would do, having checked all that it would check first."""
+    from .data.folder import scan_folder
+
+    examples = scan_folder(data, recipe.trigger)
+    from .bases.facts import read_base_facts
+
+    check_output(out, [])
+    side_px = recipe.resolution or read_base_facts(recipe.base).resolution_px
+    shown = sum(e.repeats for e in examples)
+    images = recipe.steps * recipe.images_per_step
+    run = out.with_suffix(".run")
+    lines = [
+        f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",
+        f"an epoch     {shown} images, with repeats",
+        f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),
+        f"length       {recipe.steps} steps x {recipe.images_per_step} = {images} images, {images / shown:.1f} epochs",
+        f"writes       {out}",
+        f"run folder   {run}" + (" (exists: goes on there if it holds the same run)" if run.exists() else ""),
+        "recipe",
+        *(f"  {line}" for line in recipe_to_toml(recipe).splitlines()),
+    ]
+    for line in lines:
+        print(show_name(line))
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+
+def add_generate(parser: Parser) -> None:
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="what to draw; <lora:name:weight> in it adds a LoRA of --lora-dir")
+    add("--lora", metavar="FILE[:W[:TE]]", action="append", default=[], help=f"{_LORA}; may be given several times")
+    add("--lora-dir", metavar="DIR", type=Path, help="folder of the LoRAs that the prompt names")
+    add("--base", default="mini", help="mini, a diffusers folder, or a hub id (default: mini)")
+    add("--negative", metavar="TEXT", default="", help="what to keep away from")
+    add("--seed", metavar="S", type=read_whole_number, default=0, help="of the first picture (default: 0)")
+    add("--images", metavar="N", type=read_whole_number, default=1, help="pictures, of seeds S, S+1, … (default: 1)")
+    add("--steps", metavar="N", type=read_whole_number, default=20, help="sampler steps (default: 20)")
+    add("--guidance", metavar="G", type=read_number, default=5.0, help="how closely to follow the prompt (default: 5)")
+    add("--width", metavar="PX", type=read_whole_number, help="without it: the base's own")
+    add("--height", metavar="PX", type=read_whole_number, help="without it: the base's own")
+    add("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
+    add("--precision", default="fp32", metavar="|".join(_PRECISIONS), choices=_PRECISIONS, help="(default: fp32)")
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder for 00000.png, … (default: out)")
+    add("--json", action="store_true", help="print one JSON document")
+
+
+def run_generate(args: Namespace) -> int:
+    loras = [parse_lora(text) for text in args.lora]
+    check_files([spec.file for spec in loras])
+    check_folder(args.out)
+    from .bases.family import load_base
+    from .generating.generate import generate_files
+
+    names = ("negative", "seed", "images", "steps", "guidance", "width", "height", "lora_dir", "out")
+    options = {name: getattr(args, name) for name in names}
+    stack = [(spec.file, spec.weight, spec.te_weight) for spec in loras]
+    base = load_base(args.base, device=args.device, precision=args.precision)
+    rows = generate_files(base, args.prompt, stack, progress=show_steps(), **options)
+    if args.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(show_name(row["file"]))
+    return 0
+
+
+def show_steps() -> Callable[[int, int], None] | None:
+    """A bar of sampler steps on stderr, or nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar: tqdm[Any] = tqdm(desc="drawing", unit=" steps", file=sys.stderr, leave=False)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return report
+
+
+# --- LoRA files ---------------------------------------------------------------------------------------------------
+
+
+def add_combine(parser: Parser) -> None:
+    parser.add_argument("loras", metavar="FILE[:W[:TE]]", nargs="+", help=_LORA)
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
+    parser.add_argument(
+        "--format",
+        default="kohya",
+        metavar="|".join(_FORMATS),
+        choices=_FORMATS,
+        help="names to write (default: kohya)",
+    )
+
+
+def run_combine(args: Namespace) -> int:
+    loras = [parse_lora(text) for text in args.loras]
+    check_files([spec.file for spec in loras])
+    check_output(args.out, [spec.file for spec in loras])
+    from .adapter.file import read_adapter, write_adapter
+    from .combining.stack import combine
+
+    both = combine([(read_adapter(spec.file), spec.weight, spec.te_weight) for spec in loras])
+    write_adapter(both, args.out, format=args.format)
+    print(show_name(args.out))
+    return 0
+
+
+def add_convert(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="LoRA to read")
+    parser.add_argument("--to", metavar="|".join(_FORMATS), choices=_FORMATS, required=True, help="names to write")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
+
+
+def run_convert(args: Namespace) -> int:
+    check_files([args.file])
+    check_output(args.out, [args.file])
+    from .adapter.file import read_adapter, write_adapter
+
+    write_adapter(read_adapter(args.file), args.out, format=args.to)
+    print(show_name(args.out))
+    return 0
+
+
+def add_inspect(parser: Parser) -> None:
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="LoRA files")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run_inspect(args: Namespace) -> int:
+    check_files(args.files)
+    from .adapter.summary import list_summary, summarize
+
+    found = [summarize(file) for file in args.files]
+    if args.json:
+        print_json(found)
+    else:
+        for one in found:
+            print(show_name("\n".join(list_summary(one))))
+    return 0
+
+
+VERBS = {
+    "demo": Verb("trains a style and a subject on the built-in base and stacks them", add_demo, run_demo),
+    "check": Verb("finds all that training would trip over, before it starts", add_check, run_check),
+    "train": Verb("teaches the base the pictures of a folder", add_train, run_train),
+    "generate": Verb("draws pictures with any number of LoRAs", add_generate, run_generate),
+    "combine": Verb("writes several LoRAs, weighted, as one exact file", add_combine, run_combine),
+    "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
+    "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),
+}

@@ -1,0 +1,100 @@
+"""What is encoded once holds against what the base says of each picture and caption by itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.data.cache import encode_folder
+from sdlora.data.folder import Example, scan_folder
+from sdlora.errors import DataError
+from tests.tiny import make_tiny_base
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_tiny_base()
+
+
+@pytest.fixture
+def examples(tmp_path):
+    rng = np.random.default_rng(0)
+    captions = ["a cat", "ink cat", "a cat", "inc"]
+    for i, caption in enumerate(captions):
+        Image.fromarray(rng.integers(0, 255, (24, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    return scan_folder(tmp_path)
+
+
+def encode(base, examples, **options):
+    options = {"resolution_px": 16, "flip": True, "text": True, "progress": False} | options
+    return encode_folder(base, examples, **options)
+
+
+def test_each_row_equals_its_own_picture_plain_and_mirrored(base, examples):
+    encoded = encode(base, examples)
+    assert encoded.mean.shape == encoded.std.shape == (2, 4, 4, 2, 2)
+    for n, example in enumerate(examples):
+        pixels = np.asarray(Image.open(example.path).convert("RGB").crop((8, 0, 32, 24)).resize((16, 16), 1))
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for view, picture in enumerate((x, x.flip(-1))):
+            mean, std = base.encode_pictures(picture)
+            torch.testing.assert_close(encoded.mean[view, n], mean[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(encoded.std[view, n], std[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(encoded.mean[0], encoded.mean[1])
+
+
+def test_text_rows_are_the_captions_and_the_last_the_empty_one(base, examples):
+    encoded = encode(base, examples)
+    ids, _ = base.tokenize([*(e.caption for e in examples), ""])
+    assert torch.equal(encoded.ids, ids)
+    assert encoded.ids.dtype == torch.int64
+    torch.testing.assert_close(encoded.text, base.encode_text(ids), rtol=1e-4, atol=1e-5)
+    assert torch.equal(encoded.text[0], encoded.text[2])
+
+
+def test_the_same_caption_is_encoded_once(base, examples, monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        type(base), "encode_text", lambda self, ids: rows.append(len(ids)) or torch.zeros(len(ids), 77, 4)
+    )
+    assert encode(base, examples).text.shape == (5, 77, 4)
+    assert sum(rows) == 4  # three different ones and the empty one
+
+
+def test_without_flip_and_text_there_is_one_view_and_no_states(base, examples):
+    encoded = encode(base, [replace(e, repeats=n) for n, e in enumerate(examples, 1)], flip=False, text=False)
+    assert encoded.mean.shape[0] == 1
+    assert encoded.text is None
+    assert encoded.repeats == [1, 2, 3, 4]
+
+
+def test_captions_that_lose_their_end_are_counted_and_named(base, examples, capsys):
+    long = replace(examples[1], caption="x " * 80)
+    encoded = encode(base, [examples[0], long, replace(examples[2], caption="y " * 75)])
+    assert encoded.truncated == ["1.png"]
+    assert capsys.readouterr().err == (
+        "warning: 1 caption is longer than 77 tokens and loses its end: 1.png (82 tokens)\n"
+    )
+
+
+def test_progress_is_plain_lines_where_stderr_is_no_terminal(base, examples, capsys):
+    encode(base, examples, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["encoding pictures: 1 of 1", "encoding captions: 1 of 1"]
+
+
+def test_latents_that_are_not_finite_stop_the_run(base, examples, monkeypatch):
+    bad = torch.full((4, 4, 2, 2), torch.nan)
+    monkeypatch.setattr(type(base), "encode_pictures", lambda self, x: (bad, bad))
+    with pytest.raises(DataError, match=r"0\.png.*no finite latents; use --precision bf16 or fp32"):
+        encode(base, examples)
+
+
+def test_a_picture_that_went_away_is_named(base, examples):
+    gone = Example(examples[0].path.with_name("gone.png"), "gone.png", "x", 1)
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        encode(base, [gone])
