@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from .adapter.delta import Adapter
+from .adapter.file import read_adapter
 from .bases.family import load_base
 from .bases.sampling import sample
 from .combining.plan import Plan, Stacked
 from .config import recipe_from_toml
-from .data.folder import scan_folder
+from .data.folder import Example, scan_folder
 from .data.picture import read_picture
 from .errors import DataError
 from .generating.grid import labelled_sheet
@@ -75,8 +76,6 @@ def run_demo(out: Path) -> dict[str, float]:
 
 def learn(lesson: Lesson, out: Path) -> Adapter:
     """Trains one LoRA of the demo to `out`, or takes the finished one."""
-    from .adapter.file import read_adapter
-
     for needed in (lesson.data, lesson.preset):
         if not needed.exists():
             raise DataError(f"{needed} is not there; run the demo from a checkout of the project, which has it")
@@ -99,7 +98,10 @@ def draw_sheet(style: Adapter, subject: Adapter) -> Image.Image:
         with Plan.of(stack).applied(base):
             rows.append(sample(base, list(PROMPTS), seeds=[SEED] * len(PROMPTS), steps=STEPS))
     drawn = labelled_sheet(
-        rows, PROMPTS, [name for name, _ in stacks], title="What the built-in base draws with them: same prompts, same noise"
+        rows,
+        PROMPTS,
+        [name for name, _ in stacks],
+        title="What the built-in base draws with them: same prompts, same noise",
     )
     shown = labelled_sheet(
         [[read_picture(e.path) for e in _spread(lesson.data)] for lesson in LESSONS],
@@ -113,6 +115,6 @@ def draw_sheet(style: Adapter, subject: Adapter) -> Image.Image:
     return sheet
 
 
-def _spread(folder: Path) -> list:
+def _spread(folder: Path) -> list[Example]:
     examples = scan_folder(folder)
     return examples[:: max(1, len(examples) // len(PROMPTS))][: len(PROMPTS)]

@@ -42,7 +42,8 @@ class Base:
     @property
     def resolution_px(self) -> int:
         """The side in pixels that the base was trained at."""
-        return int(self.unet.config.sample_size) * self.latent_factor
+        config: Any = self.unet.config
+        return int(config.sample_size) * self.latent_factor
 
     @property
     def latent_factor(self) -> int:
@@ -58,11 +59,11 @@ class Base:
         return self.family.tokenize(self, prompts)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Text states [B, 77, D] in the base's dtype for token ids [B, 77]; differentiable in the text encoder's LoRA."""
+        """Text states [B, 77, D] in the base's dtype for token ids [B, 77]; passes gradients on."""
         return self.family.encode_text(self, ids)
 
     def encode_pictures(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and std, float32 [B, 4, H/8, W/8], scaled by the scaling factor; x is float [B, 3, H, W] in -1..1."""
+        """Posterior mean and std, float32 [B, 4, H/8, W/8], scaled by the scaling factor; x [B, 3, H, W] is in -1..1."""
         return self.family.encode_pictures(self, x)
 
     def decode_latents(self, z: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Base:
         return self.family.decode_latents(self, z)
 
     def predict(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The UNet's output (epsilon for `epsilon` bases), same shape and dtype as x_t [B, 4, H/8, W/8]; t int64 [B]."""
+        """The UNet's output (noise for an epsilon base), in shape and dtype as x_t [B, 4, H/8, W/8]; t int64 [B]."""
         return self.family.predict(self, x_t, t, text)
 
 

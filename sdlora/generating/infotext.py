@@ -38,9 +38,9 @@ def parse_prompt(prompt: str) -> tuple[str, list[Tag]]:
     """
     tags = []
     for match in _TAG.finditer(prompt):
-        name, numbers = match.group(1).strip(), (match.group(2) or "1").split(":")
+        name, numbers = match.group(1).strip(), match.group(2)
         try:
-            values = [float(n) for n in numbers]
+            values = [1.0] if numbers is None else [float(n) for n in numbers.split(":")]
         except ValueError:
             values = []
         if not name or not 1 <= len(values) <= 2 or not all(map(math.isfinite, values)):

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import SCHEDULE, make_tiny_parts, make_tiny_tokenizer
 
-from sdlora.adapter import TEXT_ENCODER_TARGETS, UNET_TARGETS, Adapter, Card, LoraLayers, LowRank, attach, write_adapter
+from sdlora.adapter import (
+    TEXT_ENCODER_TARGETS,
+    UNET_TARGETS,
+    Adapter,
+    Card,
+    LoraLayers,
+    LowRank,
+    attach,
+    find_module,
+    read_adapter,
+    write_adapter,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -153,8 +164,6 @@ def test_diffusers_opens_the_file_and_computes_the_same(
 
     ours = make_tiny_parts()
     for path, delta in adapter.deltas.items():
-        from sdlora.adapter import find_module
-
         find_module(ours, path).weight.data += delta.weight()  # type: ignore[union-attr]
     torch.manual_seed(2)
     ids, z, t = torch.randint(0, 50, (2, 77)), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
@@ -169,19 +178,17 @@ def test_diffusers_opens_the_file_and_computes_the_same(
 
 
 def test_diffusers_own_file_of_the_adapter_reads_as_the_same_deltas(tmp_path: Path) -> None:
-    from sdlora.adapter import read_adapter
-
     adapter = learnt_adapter(6.0, False)
     write_adapter(adapter, tmp_path / "a.safetensors")
     pipe = pipeline(make_tiny_parts())
-    pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors", adapter_name="default")
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
     pipe.save_lora_weights(
         tmp_path,
-        unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name="default_0"),
-        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder, adapter_name="default_0"),
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name="default"),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder, adapter_name="default"),
         weight_name="b.safetensors",
         **_collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}),
     )

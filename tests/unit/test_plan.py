@@ -34,7 +34,7 @@ def test_stack_equals_merged_weights(base):
             a, b = (0.1, -1.3) if path.startswith("text_encoder") else (0.8, -1.3)
             expected = weight.double() + a * by_hand(one.deltas[path]) + b * by_hand(two.deltas[path])
             torch.testing.assert_close(find_module(base, path).weight.double(), expected, rtol=1e-6, atol=1e-6)
-    assert len(before) == 16 + 8
+    assert len(before) == 32 + 8
 
 
 def test_applied_output_equals_lora_branches_by_hand(base):
@@ -160,7 +160,7 @@ def test_modules_left_out_are_counted_in_a_line(base):
     adapter = random_adapter(base, 1)
     extra = {"unet.down_blocks.9.attentions.0.to_q": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
     lines = Plan.of([(Adapter(adapter.deltas | extra), 1.0)], ["a.safetensors"]).check(base)
-    assert lines == ["a.safetensors: 1 of 17 modules left out: tiny has no unet.down_blocks.9.attentions.0.to_q"]
+    assert lines == ["a.safetensors: 1 of 33 modules left out: tiny has no unet.down_blocks.9.attentions.0.to_q"]
 
 
 def test_non_finite_adapter_is_refused_and_the_base_restored(base):
@@ -194,10 +194,7 @@ def test_combine_equals_the_weighted_sum_of_unequal_ranks_and_alphas(base):
         assert error < 1e-6, (path, error)
     assert both.deltas[first].rank == 10
     assert set(both.deltas) == set(one.deltas)
-    assert both.card.trigger.split(", ") == ["word1", "word2"] or set(both.card.trigger.split(", ")) == {
-        "word1",
-        "word2",
-    }
+    assert set(both.card.trigger.split(", ")) == {"word1", "word2"}
 
 
 def test_combine_is_linear(base):

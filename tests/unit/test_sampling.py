@@ -79,9 +79,7 @@ def test_needs_no_text_encoder_on_encoded_text():
 
 def test_progress_counts_every_step_of_every_batch(base):
     seen = []
-    sample(
-        base, ["a"] * 3, seeds=[0, 1, 2], steps=2, batch_size=2, progress=lambda done, total: seen.append((done, total))
-    )
+    sample(base, ["a"] * 3, seeds=[0, 1, 2], steps=2, batch_size=2, progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

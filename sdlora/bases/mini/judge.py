@@ -140,7 +140,7 @@ def prepare(images: Sequence[Image.Image]) -> Tensor:
     for image in images:
         rgba = image.convert("RGBA")
         side = max(rgba.size)
-        page = Image.new("RGBA", (side, side), "black")
+        page = Image.new("RGBA", (side, side), "white")
         page.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
         how = Image.Resampling.BOX if side >= INPUT_PX else Image.Resampling.BILINEAR
         small = page.convert("RGB").resize((INPUT_PX, INPUT_PX), how)

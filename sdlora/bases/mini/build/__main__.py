@@ -46,7 +46,7 @@ def build_stage(args: argparse.Namespace) -> None:
     """Runs one stage with the parsed flags."""
     from .export import export_mini, learn_tokenizer
     from .pictures import render_all
-    from .unet import encode_pool, train_unet
+    from .unet import encode_pool, train_unet, trained_things
     from .vae import load_vae, reconstruction_db, train_vae
 
     pictures = render_all(args.art, args.work)
@@ -56,16 +56,20 @@ def build_stage(args: argparse.Namespace) -> None:
     elif args.stage == "unet":
         tokenizer = learn_tokenizer(pictures, args.art, args.work)
         pool = encode_pool(pictures, load_vae(args.work, "vae"), args.work, args.seed)
-        train_unet(pool, tokenizer, args.work, steps=args.steps or 9000, seed=args.seed, device=args.device)
+        things = trained_things(pictures)
+        train_unet(pool, things, tokenizer, args.work, steps=args.steps or 5000, seed=args.seed, device=args.device)
     elif args.stage == "decoder":
         vae = train_vae(
             pictures, args.work, steps=args.steps or 2000, seed=args.seed + 1, decoder_only=True, name="decoder"
         )
         print(f"PSNR over every tenth picture: {reconstruction_db(vae, pictures.pixels[::10]):.2f} dB")
     elif args.stage == "judge":
-        from .judge import train_judge
+        from .judge import export_judge, train_judge
+        from .judge_figures import publish_judge
 
-        train_judge(pictures, args.work, steps=args.steps or 4000, seed=args.seed)
+        train_judge(pictures, args.work, steps=args.steps or 3000, seed=args.seed)
+        export_judge(args.work)
+        publish_judge(pictures, args.work)
     else:
         export_mini(args.work)
 

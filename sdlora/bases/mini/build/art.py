@@ -88,7 +88,8 @@ class Art:
         for art in PACKAGES:
             icons = _read_json(modules / "@iconify-json" / art / "icons.json")
             chars = _read_json(modules / "@iconify-json" / art / "chars.json")
-            assert isinstance(icons, dict) and isinstance(chars, dict)
+            assert isinstance(icons, dict)
+            assert isinstance(chars, dict)
             self._icons[art] = icons
             self._chars[art] = chars
             names = {re.sub(r"[^a-z0-9]", "", n): n for n in icons["icons"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def learn_vocabulary(labels: list[str], tags: list[str]) -> tuple[dict[str, int]
     while len(vocab) < VOCABULARY - 2:
         pairs: dict[tuple[str, str], int] = {}
         for symbols, n in words.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 pairs[pair] = pairs.get(pair, 0) + n
         if not pairs:
             break

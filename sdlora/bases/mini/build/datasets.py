@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from .pictures import CAT_LABEL, Pictures
-from .unet import trained_things
+from .unet import drawn_by_all
 
 STYLE_PICTURES = 40
 STYLES = {"ink": "fluent-emoji-high-contrast", "clay": "fluent-emoji"}
@@ -58,7 +58,7 @@ def _article(label: str) -> str:
 
 def write_datasets(pictures: Pictures, cat_labels: list[str], out: Path, seed: int = 0) -> None:
     """Forty pictures of each style, of things that the base knows, and every picture of the character."""
-    known = set(trained_things(pictures))
+    known = set(drawn_by_all(pictures))
     for style, package in STYLES.items():
         folder = out / style
         folder.mkdir(parents=True, exist_ok=True)

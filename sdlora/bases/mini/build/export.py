@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
@@ -34,7 +35,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIPTokenizer from `vocab.json` and `merges.txt`."""
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     lines = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
-    merges = [tuple(line.split(" ")) for line in lines if line]
+    merges: Any = [tuple(line.split(" ")) for line in lines if line]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
@@ -48,7 +49,7 @@ def export_mini(work: Path, out: Path = WEIGHTS) -> None:
         for p, a in zip(both.parameters(), state["average"], strict=True):
             p.copy_(a)
     vae = load_vae(work, "decoder" if (work / "decoder.pt").exists() else "vae")
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text.half(),
         tokenizer=tokenizer,

@@ -94,7 +94,7 @@ def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """Softmax over the last dimension whose backward is three vectorised passes instead of PyTorch's slow bf16 kernel."""
+    """Softmax over the last dimension with a backward of three vectorised passes: PyTorch's bf16 kernel is slow."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ orange-blue axis and no green or purple, still after 4,300 steps."""
 DECAY_SHARE = 0.4
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae() -> Any:
     """AutoencoderKL, f = 8, 4 latent channels, 3.4 M parameters."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 96, 128),
@@ -40,7 +41,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def _vary_colours(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Some pictures greyscale, inverted, with colour channels swapped or on a tinted ground: x is [B, 3, H, W] in 0..1."""
+    """Some pictures greyscale, inverted, with swapped channels or on a tinted ground: x is [B, 3, H, W] in 0..1."""
     b = x.shape[0]
     pick = torch.rand(b, generator=rng)
     grey = x.mean(1, keepdim=True).expand_as(x)
@@ -70,9 +71,7 @@ def _batch(pictures: Pictures, step: int, batch: int, seed: int) -> torch.Tensor
     rng = np.random.default_rng((seed, step))
     rows = rng.integers(0, len(pictures.labels), batch)
     at = rng.integers(0, (128 - CROP_PX) // 8 + 1, (batch, 2)) * 8
-    crops = np.stack(
-        [pictures.pixels[r, y : y + CROP_PX, x : x + CROP_PX] for r, (y, x) in zip(rows, at, strict=True)]
-    )
+    crops = np.stack([pictures.pixels[r, y : y + CROP_PX, x : x + CROP_PX] for r, (y, x) in zip(rows, at, strict=True)])
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255  # [B, 3, 64, 64]
 
 
@@ -86,7 +85,7 @@ def train_vae(
     seed: int = 0,
     decoder_only: bool = False,
     name: str = "vae",
-) -> AutoencoderKL:
+) -> Any:
     """Trains to `steps`, going on from the last saved state; `decoder_only` leaves the latents as they are."""
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)
@@ -136,7 +135,8 @@ def train_vae(
         if time.perf_counter() - shown > 15 or step + 1 == steps:
             shown = time.perf_counter()
             rate = (shown - began) / (step + 1 - start)
-            print(f"{name} {step + 1}/{steps} rec {rec.item():.4f} kl {kl.item():.2f} colour {colour.item():.3f} {rate:.3f} s/step", flush=True)
+            parts = f"rec {rec.item():.4f} kl {kl.item():.2f} colour {colour.item():.3f}"
+            print(f"{name} {step + 1}/{steps} {parts} {rate:.3f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_state(
                 work / f"{name}.part.pt",
@@ -157,7 +157,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def encode_means(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
+def encode_means(vae: Any, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
     """Posterior means, float32 [N, 4, 16, 16], of uint8 pictures [N, 128, 128, 3]."""
     means = []
     for i in range(0, len(pixels), batch):
@@ -168,7 +168,7 @@ def encode_means(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 32) -> tor
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Pictures) -> None:
+def normalise_latents(vae: Any, pictures: Pictures) -> None:
     """Folds an affine map into the two 1 x 1 convolutions: every channel gets mean 0 and std 1 / SCALING_FACTOR.
 
     The decoder undoes it exactly, so reconstructions do not change.
@@ -186,7 +186,7 @@ def normalise_latents(vae: AutoencoderKL, pictures: Pictures) -> None:
 
 
 @torch.no_grad()
-def reconstruction_db(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 32) -> float:
+def reconstruction_db(vae: Any, pixels: np.ndarray, batch: int = 32) -> float:
     """Mean PSNR in dB of decoding the posterior mean, over uint8 pictures [N, 128, 128, 3]."""
     total: list[float] = []
     for i in range(0, len(pixels), batch):
@@ -199,7 +199,7 @@ def reconstruction_db(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 32) -
     return sum(total) / len(total)
 
 
-def load_vae(work: Path, name: str) -> AutoencoderKL:
+def load_vae(work: Path, name: str) -> Any:
     """The finished autoencoder of the build folder, `vae` or `decoder`, ready to use."""
     vae = new_vae().to(memory_format=torch.channels_last)
     vae.load_state_dict(load_state(work / f"{name}.pt")["model"])
