@@ -63,7 +63,7 @@ class Base:
         return self.family.encode_text(self, ids)
 
     def encode_pictures(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and std, float32 [B, 4, H/8, W/8], scaled by the scaling factor; x [B, 3, H, W] is in -1..1."""
+        """Posterior mean and std, float32 [B, 4, H/8, W/8], times the scaling factor; x [B, 3, H, W] is in -1..1."""
         return self.family.encode_pictures(self, x)
 
     def decode_latents(self, z: Tensor) -> Tensor:

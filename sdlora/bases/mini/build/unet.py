@@ -303,7 +303,7 @@ def train_unet(
     device: str = "cpu",
     workers: int = 2,
 ) -> None:
-    """Trains on the pool's `things` to `steps`, going on from the last saved state, of which `export` takes the averages.
+    """Trains on the pool's `things` to `steps`, going on from the last saved state, whose averages `export` takes.
 
     A file STOP in the build folder ends the run at its next save.
     """
