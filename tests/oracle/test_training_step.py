@@ -23,7 +23,7 @@ from sdlora.training.metrics import read_rows
 
 RECIPE = Recipe(
     steps=3, batch_size=2, accumulation=2, rank=3, alpha=6.0, schedule="constant", warmup_steps=0, precision="fp32",
-    learning_rate=5e-3, weight_decay=0.1, max_grad_norm=0.05, caption_dropout=0.3, seed=11,
+    learning_rate=5e-3, weight_decay=0.1, max_grad_norm=0.01, caption_dropout=0.3, seed=11,
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def train_with_peft(base, encoded, recipe, prediction_type):
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(factors.values(), recipe.max_grad_norm)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return factors, losses, norms
 
 

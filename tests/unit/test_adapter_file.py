@@ -268,11 +268,39 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+WHY = {
+    "zero_bytes": "is empty",
+    "seven_bytes": "only 7 bytes",
+    "png": "no .safetensors file",
+    "pickle": "is a pickle",
+    "torch_zip": "is a pickle",
+    "header_past_the_end": "ends at byte 107 of 10",
+    "header_no_json": "no JSON",
+    "header_deep": "no JSON",
+    "twice": "a is in it twice",
+    "metadata_numbers": "not made of strings",
+    "dtype_unknown": "unknown dtype F31",
+    "shape_negative": "the shape [-1]",
+    "shape_true": "the shape [True]",
+    "shape_huge": "not what its shape and dtype need",
+    "offsets_backwards": "the offsets [4, 0]",
+    "offsets_past_the_end": "truncated",
+    "size_wrong": "not what its shape and dtype need",
+    "overlap": "b overlaps",
+    "hole": "b leaves a hole",
+    "tail": "5 bytes follow",
+    "no_tensors": "no tensors",
+    "name_with_newline": r"bad\nname\u202e",
+}
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_files_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(BROKEN[case])
-    refused(path)
+    message = refused(path)
+    assert WHY.get(case, "") in message
+    assert "none of its" not in message  # refused for its header, not for its names
 
 
 def refused(path: Path) -> str:

@@ -198,8 +198,9 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 class Trainer:
     """UNet and text encoder under training: the models, AdamW, the running averages and the step reached.
 
-    On a CPU a step's batch is shared by `workers` Python threads of one compute thread each, which
-    lose far less to a busy machine than operators that are split over threads (`docs/log.md`).
+    On a CPU a step's batch is shared by Python threads of one compute thread each, which lose far less to a busy
+    machine than operators that are split over threads; more threads than cores leave no core waiting for the slowest
+    (`docs/log.md`).
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, workers: int, learning_rate: float, seed: int, device: str) -> None:
@@ -234,8 +235,8 @@ class Trainer:
         self.schedule = schedule
         self.share, weight = timestep_table(schedule.alphas_cumprod)
         self.weight = weight.to(device)
-        self.threads = ThreadPoolExecutor(workers)
-        self.workers = workers
+        self.parts = 2 * workers if device == "cpu" else 1
+        self.threads = ThreadPoolExecutor(self.parts)
 
     def load(self, path: Path) -> None:
         saved = load_state(path)
@@ -273,7 +274,7 @@ class Trainer:
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        parts = zip(*(v.chunk(self.workers) for v in (x_t, noise, t, ids)), strict=True)
+        parts = zip(*(v.chunk(self.parts) for v in (x_t, noise, t, ids)), strict=True)
         done = list(self.threads.map(self._gradients, parts))
         for i, p in enumerate(self.params):
             p.grad = sum((grads[i].float() for _, grads in done[1:]), done[0][1][i].float()) / len(done)
