@@ -11,6 +11,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from .captions import emoji_tags, learn_vocabulary
+from .layout import new_head
 from .pictures import Pictures
 from .state import load_state
 from .unet import SCHEDULE, new_text_encoder, new_unet, trained_things
@@ -43,7 +44,7 @@ def export_mini(work: Path, out: Path = WEIGHTS) -> None:
     """Writes the diffusers folder in fp16, with the UNet's and the text encoder's running averages."""
     tokenizer = read_tokenizer(work / "tokenizer")
     unet, text = new_unet(), new_text_encoder(len(tokenizer))
-    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text})
+    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": new_head()})
     state = load_state(work / "unet.part.pt")
     with torch.no_grad():
         for p, a in zip(both.parameters(), state["average"], strict=True):

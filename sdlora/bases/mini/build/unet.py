@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .art import BASE_SETS
 from .captions import caption
 from .fast import speed_up
+from .layout import layout_loss, new_head, train_layout
 from .looks import LOOKS, move
 from .pictures import CAT_LABEL, Pictures
 from .state import load_state, save_state
@@ -42,6 +43,8 @@ EMPTY_CAPTION_SHARE = 0.1
 STYLE_WORD_SHARE = 0.5
 MIN_SNR_GAMMA = 5.0
 EMA_DECAY = 0.999
+LAYOUT_WEIGHT = 0.1
+LAYOUT_STEPS = 2500
 DECAY_SHARE = 0.3  # the last part of the run, in which the learning rate falls to nothing
 
 
@@ -209,7 +212,8 @@ class Trainer:
         if device == "cpu":
             speed_up(unet)
             text.set_attn_implementation("eager")
-        self.both = nn.ModuleDict({"unet": unet.to(memory_format=torch.channels_last), "text_encoder": text})
+        unet.to(memory_format=torch.channels_last)
+        self.both = nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": new_head()})
         self.both.to(device).train()
         # The optimizer works on float32 masters; the models compute with bfloat16 copies, made once a step.
         self.params: list[Tensor] = [nn.Parameter(p.detach().clone()) for p in self.both.parameters()]
@@ -248,6 +252,13 @@ class Trainer:
                 optimizer.load_state_dict(state)
             self.average, self.step = [a.to(self.device) for a in saved["average"]], saved["step"]
 
+    @torch.no_grad()
+    def take_text(self, text: nn.Module, head: nn.Module) -> None:
+        """Goes on from a text encoder and a layout head that were trained before."""
+        fresh: list[Tensor] = [*text.parameters(), *head.parameters()]
+        for kept in (self.params, self.average, self.copies):
+            torch._foreach_copy_(kept[-len(fresh) :], fresh)
+
     def save(self, path: Path) -> None:
         state = {
             "masters": [p.detach() for p in self.params],
@@ -257,12 +268,14 @@ class Trainer:
         }
         save_state(path, state)
 
-    def _gradients(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x_t, noise, t, ids = (v.to(self.device) for v in part)
+    def _gradients(self, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x0, x_t, noise, t, ids = (v.to(self.device) for v in part)
         x_t = x_t.to(torch.bfloat16, memory_format=torch.channels_last)
-        predicted = self.both["unet"](x_t, t, self.both["text_encoder"](ids)[0]).sample
+        states = self.both["text_encoder"](ids)[0]
+        predicted = self.both["unet"](x_t, t, states).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
         loss = (error * self.weight[t]).mean()
+        loss = loss + LAYOUT_WEIGHT * layout_loss(self.both["layout_head"], states, x0)
         return error.detach(), torch.autograd.grad(loss, self.copies)
 
     def train_step(self, x0: Tensor, prompts: list[str], learning_rate: float, seed: int) -> Tensor:
@@ -274,7 +287,7 @@ class Trainer:
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        parts = zip(*(v.chunk(self.parts) for v in (x_t, noise, t, ids)), strict=True)
+        parts = zip(*(v.chunk(self.parts) for v in (x0, x_t, noise, t, ids)), strict=True)
         done = list(self.threads.map(self._gradients, parts))
         for i, p in enumerate(self.params):
             p.grad = sum((grads[i].float() for _, grads in done[1:]), done[0][1][i].float()) / len(done)
@@ -309,10 +322,19 @@ def train_unet(
     A file STOP in the build folder ends the run at its next save.
     """
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
-    trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
-    trainer.load(work / "unet.part.pt")
     known = set(things)
     rows_in = np.array([row for row, label in enumerate(pool.labels) if label in known])
+    trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
+    if (work / "unet.part.pt").exists():
+        trainer.load(work / "unet.part.pt")
+    else:
+        text = new_text_encoder(len(tokenizer))
+
+        def draw(step: int, size: int) -> tuple[Tensor, list[str]]:
+            return _draw_batch(pool, rows_in, step, size, seed + 1)
+
+        head = train_layout(text, tokenizer, draw, work, steps=LAYOUT_STEPS, seed=seed)
+        trainer.take_text(text, head)
     began, start, errors = time.perf_counter(), trainer.step, []
     while trainer.step < steps:
         x0, prompts = _draw_batch(pool, rows_in, trainer.step, batch, seed)
