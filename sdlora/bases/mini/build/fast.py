@@ -6,6 +6,7 @@ and GroupNorm of 96 channels at 16 x 16, forward 7 ms; `docs/log.md` has the ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,7 +111,13 @@ class _Softmax(torch.autograd.Function):
 
 
 class FastAttnProcessor:
-    """diffusers' attention, [B, N, C] to [B, N, C], as plain matrix products."""
+    """diffusers' attention, [B, N, C] to [B, N, C], as plain matrix products.
+
+    With `on_maps` it hands over its first head's attention [B, N, T].
+    """
+
+    def __init__(self, on_maps: Callable[[Tensor], None] | None = None) -> None:
+        self.on_maps = on_maps
 
     def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
         states = x if encoder_hidden_states is None else encoder_hidden_states
@@ -118,6 +125,8 @@ class FastAttnProcessor:
         k = attn.head_to_batch_dim(attn.to_k(states))
         v = attn.head_to_batch_dim(attn.to_v(states))
         p = _Softmax.apply(torch.bmm(q * attn.scale, k.transpose(1, 2)))
+        if self.on_maps is not None:
+            self.on_maps(p.unflatten(0, (x.shape[0], -1))[:, 0])
         y = attn.batch_to_head_dim(torch.bmm(p, v))
         return attn.to_out[1](attn.to_out[0](y))  # type: ignore[no-any-return]
 

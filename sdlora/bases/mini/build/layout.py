@@ -7,7 +7,9 @@ cross-attention then learns one thing for all words: to look up its own cell. Th
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fast import FastAttnProcessor
 from .state import load_state, save_state
 
 CELLS = 64
@@ -38,6 +41,46 @@ def cells_of(x0: Tensor) -> Tensor:
 def layout_loss(head: nn.Module, states: Tensor, x0: Tensor) -> Tensor:
     """Mean squared error of the layout that the text states [B, 77, 128] give, against scaled latents x0."""
     return F.mse_loss(head(states[:, FIRST_TOKEN:]).float(), cells_of(x0))
+
+
+@functools.cache
+def _own_tokens(queries: int) -> Tensor:
+    """Which tokens [N, 77] stand for the cells that each of N queries, a square's, covers: 1 or 0."""
+    side = math.isqrt(queries)
+    own = torch.zeros(queries, FIRST_TOKEN + CELLS)
+    for cell in range(CELLS):
+        y, x = divmod(cell, 8)
+        ys = range(y * side // 8, max(y * side // 8 + 1, (y + 1) * side // 8))
+        xs = range(x * side // 8, max(x * side // 8 + 1, (x + 1) * side // 8))
+        own[[r * side + c for r in ys for c in xs], FIRST_TOKEN + cell] = 1
+    return own
+
+
+class Lookup(threading.local):
+    """Teaches the cross-attention's first heads to look up their own cell; collects by thread what they miss."""
+
+    def __init__(self) -> None:
+        self.misses: list[Tensor] = []
+
+    def note(self, p: Tensor) -> None:
+        """Takes one layer's first head, attention p [B, N, 77]."""
+        hit = (p.float() * _own_tokens(p.shape[1])).sum(-1)
+        self.misses.append(-(hit + 1e-4).log().mean())
+
+    def take_loss(self) -> Tensor:
+        """The mean miss (cross-entropy in nats) of the layers noted since the last call."""
+        loss = torch.stack(self.misses).mean()
+        self.misses = []
+        return loss
+
+
+def watch_lookup(unet: Any, lookup: Lookup) -> None:
+    """Lets every cross-attention but the first level's, which cannot know where it is yet, be watched."""
+    processors = {
+        name: FastAttnProcessor(lookup.note if ".attn2." in name and not name.startswith("down_blocks.0") else None)
+        for name in unet.attn_processors
+    }
+    unet.set_attn_processor(processors)
 
 
 def train_layout(

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .art import BASE_SETS
 from .captions import caption
 from .fast import speed_up
-from .layout import layout_loss, new_head, train_layout
+from .layout import Lookup, layout_loss, new_head, train_layout, watch_lookup
 from .looks import LOOKS, move
 from .pictures import CAT_LABEL, Pictures
 from .state import load_state, save_state
@@ -42,8 +42,11 @@ PLAIN_SHARE = 0.55
 EMPTY_CAPTION_SHARE = 0.1
 STYLE_WORD_SHARE = 0.5
 MIN_SNR_GAMMA = 5.0
-EMA_DECAY = 0.999
+LAYOUT_GAIN = 0.3
+MAX_WEIGHT = 30.0
+EMA_DECAY = 0.998
 LAYOUT_WEIGHT = 0.1
+LOOKUP_WEIGHT = 0.03
 LAYOUT_STEPS = 2500
 DECAY_SHARE = 0.3  # the last part of the run, in which the learning rate falls to nothing
 
@@ -181,13 +184,14 @@ def _draw_batch(pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: in
 
 
 def timestep_table(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of every timestep [T], and the loss weight [T] that makes it min-SNR-5 in expectation.
+    """Probability of every timestep [T], and the factor [T] that gives the loss its weight in expectation.
 
-    Timesteps that min-SNR would weigh down are drawn less often instead, which costs no step on them.
+    Min-SNR-5 on the noise, and above it LAYOUT_GAIN / SNR (at most MAX_WEIGHT): an error of the noise at high noise levels
+    is a small number but a wrong layout, and it is there that the prompt decides what is drawn.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    weight = snr.clamp_max(MIN_SNR_GAMMA) / snr
-    share = weight.clamp_min(0.15)
+    weight = ((snr.clamp_max(MIN_SNR_GAMMA) + LAYOUT_GAIN) / snr).clamp_max(MAX_WEIGHT)
+    share = weight.clamp_min(0.15).sqrt()
     share = share / share.sum()
     return share, weight / share / (weight / share).mean()
 
@@ -209,8 +213,10 @@ class Trainer:
     def __init__(self, tokenizer: CLIPTokenizer, workers: int, learning_rate: float, seed: int, device: str) -> None:
         torch.manual_seed(seed)
         unet, text = new_unet(), new_text_encoder(len(tokenizer))
+        self.lookup = Lookup()
         if device == "cpu":
             speed_up(unet)
+            watch_lookup(unet, self.lookup)
             text.set_attn_implementation("eager")
         unet.to(memory_format=torch.channels_last)
         self.both = nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": new_head()})
@@ -276,6 +282,8 @@ class Trainer:
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
         loss = (error * self.weight[t]).mean()
         loss = loss + LAYOUT_WEIGHT * layout_loss(self.both["layout_head"], states, x0)
+        loss = loss + LOOKUP_WEIGHT * (miss := self.lookup.take_loss())
+        self.miss = miss.item()
         return error.detach(), torch.autograd.grad(loss, self.copies)
 
     def train_step(self, x0: Tensor, prompts: list[str], learning_rate: float, seed: int) -> Tensor:
@@ -344,6 +352,7 @@ def train_unet(
             row = {
                 "step": trainer.step,
                 "error": round(torch.stack(errors).mean().item(), 5),
+                "lookup": round(trainer.miss, 3),
                 "lr": lr,
                 "s_per_step": round((time.perf_counter() - began) / (trainer.step - start), 4),
             }
