@@ -21,7 +21,8 @@ from sdlora.bases.mini.judge import Judge, load_judge
 from sdlora.bases.sampling import make_noise, make_scheduler, sample
 from sdlora.demo import LESSONS
 
-WEIGHTS = Path(__file__).parents[2] / "sdlora" / "bases" / "mini" / "weights"
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,9 @@ def test_mini_is_small_and_loads_fast() -> None:
 
 
 def test_mini_latents_are_standardised(base: Base) -> None:
-    pictures = [np.asarray(Image.open(p)) for d in ("ink", "clay", "cat") for p in sorted(Path(f"datasets/{d}").glob("*.png"))]
+    pictures = [
+        np.asarray(Image.open(p)) for d in ("ink", "clay", "cat") for p in sorted(Path(f"datasets/{d}").glob("*.png"))
+    ]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, _ = base.encode_pictures(x)
     assert mean.mean().abs() < 0.25
@@ -121,8 +124,10 @@ def test_demo_stacks_style_and_subject(demo: Path, base: Base, judge: Judge) -> 
 def test_demo_again_changes_nothing(demo: Path) -> None:
     before = {p.name: p.read_bytes() for p in demo.glob("*.safetensors")}
     done = subprocess.run(
-        [sys.executable, "-m", "sdlora", "train", "datasets/ink", "--config", "configs/mini-style.toml"]
-        + ["--trigger", "ink style", "--out", str(demo / "ink.safetensors")],
+        [
+            *(sys.executable, "-m", "sdlora", "train", str(LESSONS[0].data), "--config", str(LESSONS[0].preset)),
+            *("--trigger", "ink style", "--out", str(demo / "ink.safetensors")),
+        ],
         capture_output=True,
         text=True,
         check=False,

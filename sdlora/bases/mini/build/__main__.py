@@ -18,6 +18,7 @@ stages, in order (each resumes where it stopped; run the same command again):
   unet     the latents of all looks, the tokenizer, then the text encoder and the UNet
   decoder  the autoencoder's decoder alone, further, on the same latents
   judge    the image-text encoder that says what a picture shows
+  datasets the sample folders datasets/{{ink,clay,cat}}
   export   the diffusers folder sdlora/bases/mini/weights, fp16
 """.format(packages=" ".join(f"@iconify-json/{p}" for p in PACKAGES))
 
@@ -29,11 +30,12 @@ def main() -> None:
         epilog=RECIPE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=("vae", "unet", "decoder", "judge", "export"))
+    parser.add_argument("stage", choices=("vae", "unet", "decoder", "judge", "datasets", "export"))
     parser.add_argument("--art", type=Path, required=True, help="folder with the npm packages' node_modules")
     parser.add_argument("--work", type=Path, default=Path("build/mini"), help="states and caches (default build/mini)")
     parser.add_argument("--steps", type=int, help="default: the shipped weights' number for the stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from-shipped", action="store_true", help="unet: train the shipped weights further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -44,7 +46,7 @@ def main() -> None:
 
 def build_stage(args: argparse.Namespace) -> None:
     """Runs one stage with the parsed flags."""
-    from .export import export_mini, learn_tokenizer
+    from .export import export_mini, learn_tokenizer, take_shipped
     from .pictures import render_all
     from .unet import encode_pool, train_unet, trained_things
     from .vae import load_vae, reconstruction_db, train_vae
@@ -54,10 +56,12 @@ def build_stage(args: argparse.Namespace) -> None:
         vae = train_vae(pictures, args.work, steps=args.steps or 2700, seed=args.seed)
         print(f"PSNR over every tenth picture: {reconstruction_db(vae, pictures.pixels[::10]):.2f} dB")
     elif args.stage == "unet":
+        shipped = take_shipped(args.work) if args.from_shipped else None
         tokenizer = learn_tokenizer(pictures, args.art, args.work)
         pool = encode_pool(pictures, load_vae(args.work, "vae"), args.work, args.seed)
         things = trained_things(pictures)
-        train_unet(pool, things, tokenizer, args.work, steps=args.steps or 5000, seed=args.seed, device=args.device)
+        settings = {"steps": args.steps or 9000, "seed": args.seed, "device": args.device, "shipped": shipped}
+        train_unet(pool, things, tokenizer, args.work, **settings)
     elif args.stage == "decoder":
         vae = train_vae(
             pictures, args.work, steps=args.steps or 2000, seed=args.seed + 1, decoder_only=True, name="decoder"
@@ -70,6 +74,10 @@ def build_stage(args: argparse.Namespace) -> None:
         train_judge(pictures, args.work, steps=args.steps or 3000, seed=args.seed)
         export_judge(args.work)
         publish_judge(pictures, args.work)
+    elif args.stage == "datasets":
+        from .datasets import write_datasets
+
+        write_datasets(pictures, Path("datasets"), args.seed)
     else:
         export_mini(args.work)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .art import CAT_FACES
 from .pictures import CAT_LABEL, Pictures
 from .unet import drawn_by_all
 
@@ -56,7 +57,7 @@ def _article(label: str) -> str:
     return ("an " if label[0] in "aeiou" else "a ") + label
 
 
-def write_datasets(pictures: Pictures, cat_labels: list[str], out: Path, seed: int = 0) -> None:
+def write_datasets(pictures: Pictures, out: Path, seed: int = 0) -> None:
     """Forty pictures of each style, of things that the base knows, and every picture of the character."""
     known = set(drawn_by_all(pictures))
     for style, package in STYLES.items():
@@ -77,7 +78,8 @@ def write_datasets(pictures: Pictures, cat_labels: list[str], out: Path, seed: i
     folder = out / "cat"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [i for i, label in enumerate(pictures.labels) if label == CAT_LABEL]
-    for row, label in zip(rows, cat_labels, strict=True):
+    faces = ["cat face", *(label for label in CAT_FACES if label != "cat face")]  # a thing of group 3, then the faces
+    for row, label in zip(rows, faces, strict=True):
         name = "".join(c if c.isalnum() else "-" for c in label)
         said = label.replace("cat", "mio cat", 1)
         _write(folder, name, pictures.pixels[row], _article(said))

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from .captions import emoji_tags, learn_vocabulary
 from .layout import new_head
 from .pictures import Pictures
-from .state import load_state
+from .state import load_state, save_state
 from .unet import SCHEDULE, new_text_encoder, new_unet, trained_things
 from .vae import load_vae
 
@@ -65,6 +65,26 @@ def export_mini(work: Path, out: Path = WEIGHTS) -> None:
         (out / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
     things = (work / "tokenizer" / "things.json").read_text("utf-8")
     (out / "things.json").write_text(things, "utf-8")
+
+
+def take_shipped(work: Path, shipped: Path = WEIGHTS) -> tuple[Any, Any]:
+    """Sets up a build folder from the shipped weights, to train them further; returns their UNet and text encoder.
+
+    The latents stay those of the shipped autoencoder; optimizer state and the layout head start afresh.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    (work / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        (work / "tokenizer" / name).write_bytes((shipped / "tokenizer" / name).read_bytes())
+    (work / "tokenizer" / "things.json").write_bytes((shipped / "things.json").read_bytes())
+    vae: Any = AutoencoderKL.from_pretrained(shipped / "vae", torch_dtype=torch.float32)
+    if not (work / "vae.pt").exists():
+        save_state(work / "vae.pt", {"model": vae.state_dict()})
+    unet: Any = UNet2DConditionModel.from_pretrained(shipped / "unet", torch_dtype=torch.float32)
+    text: Any = CLIPTextModel.from_pretrained(shipped / "text_encoder", dtype=torch.float32)
+    return unet, text
 
 
 SCHEDULE_FOR_PIPELINE = {k: v for k, v in SCHEDULE.items() if k != "clip_sample"} | {"skip_prk_steps": True}

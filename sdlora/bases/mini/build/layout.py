@@ -1,8 +1,9 @@
 """The text encoder learns where things are: each padding token says what one cell of the picture holds.
 
-A UNet that must find out by itself how a word becomes a layout needs thousands of steps for it. Here the 64 last tokens of a
-caption are taught to predict the latents of the picture's 8 x 8 cells, by a linear head that is thrown away; the UNet's
-cross-attention then learns one thing for all words: to look up its own cell. The models stay what they are.
+A UNet that must find out by itself how a word becomes a layout needs thousands of steps for it. Here the 64 last
+tokens of a caption are taught to predict the latents of the picture's 8 x 8 cells, by a linear head that is thrown
+away, and the first head of the UNet's cross-attentions is taught one thing for all words: to look up its own cell.
+The models stay what they are.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def _draw_batch(pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: in
 def timestep_table(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """Probability of every timestep [T], and the factor [T] that gives the loss its weight in expectation.
 
-    Min-SNR-5 on the noise, and above it LAYOUT_GAIN / SNR (at most MAX_WEIGHT): an error of the noise at high noise levels
-    is a small number but a wrong layout, and it is there that the prompt decides what is drawn.
+    Min-SNR-5 on the noise, and above it LAYOUT_GAIN / SNR (at most MAX_WEIGHT): an error of the noise at high noise
+    levels is a small number but a wrong layout, and it is there that the prompt decides what is drawn.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weight = ((snr.clamp_max(MIN_SNR_GAMMA) + LAYOUT_GAIN) / snr).clamp_max(MAX_WEIGHT)
@@ -265,6 +265,13 @@ class Trainer:
         for kept in (self.params, self.average, self.copies):
             torch._foreach_copy_(kept[-len(fresh) :], fresh)
 
+    @torch.no_grad()
+    def take_unet(self, unet: nn.Module) -> None:
+        """Goes on from a UNet that was trained before."""
+        fresh: list[Tensor] = list(unet.parameters())
+        for kept in (self.params, self.average, self.copies):
+            torch._foreach_copy_(kept[: len(fresh)], fresh)
+
     def save(self, path: Path) -> None:
         state = {
             "masters": [p.detach() for p in self.params],
@@ -324,10 +331,12 @@ def train_unet(
     seed: int = 0,
     device: str = "cpu",
     workers: int = 2,
+    shipped: tuple[Any, Any] | None = None,
 ) -> None:
     """Trains on the pool's `things` to `steps`, going on from the last saved state, whose averages `export` takes.
 
-    A file STOP in the build folder ends the run at its next save.
+    `shipped`, a UNet and a text encoder, are started from instead of random ones. A file STOP in the build folder ends
+    the run at its next save.
     """
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     known = set(things)
@@ -336,13 +345,15 @@ def train_unet(
     if (work / "unet.part.pt").exists():
         trainer.load(work / "unet.part.pt")
     else:
-        text = new_text_encoder(len(tokenizer))
+        unet, text = shipped or (None, new_text_encoder(len(tokenizer)))
 
         def draw(step: int, size: int) -> tuple[Tensor, list[str]]:
             return _draw_batch(pool, rows_in, step, size, seed + 1)
 
         head = train_layout(text, tokenizer, draw, work, steps=LAYOUT_STEPS, seed=seed)
         trainer.take_text(text, head)
+        if unet is not None:
+            trainer.take_unet(unet)
     began, start, errors = time.perf_counter(), trainer.step, []
     while trainer.step < steps:
         x0, prompts = _draw_batch(pool, rows_in, trainer.step, batch, seed)
