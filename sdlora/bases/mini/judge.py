@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -233,7 +234,7 @@ def load_judge(folder: Path = FOLDER) -> Judge:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = JudgeModel(config["vocabulary"], len(config["styles"]))
         model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
-    except (OSError, KeyError, ValueError, RuntimeError) as problem:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as problem:
         reason = str(problem).splitlines()[0]
         raise BaseModelError(f"{folder}: no usable judge there ({reason}): install sdlora again") from None
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
