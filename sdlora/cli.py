@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml, suggest
+from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, parse_lora, read_number, read_whole_number
 from .places import check_files, check_folder, check_output
+from .values import suggest
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
-import json
-import math
-import tomllib
-import types
 import typing
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .values import read_toml, show, suggest, to_toml, typed
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,6 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
 UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every"})
 """Fields that do not change what is learnt."""
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (bool, "name a base, such as mini"),
     "steps": (lambda v: 1 <= v <= 10_000_000, "give 1 or more, such as 300"),
@@ -136,76 +130,11 @@ def check_value(name: str, value: Any) -> Any:
 
     Raises: ConfigError for another type, NaN, infinity, or a value out of range.
     """
-    value = _typed(name, FIELDS[name], value)
+    value = typed(name, FIELDS[name], value, DEFAULTS[name])
     fits, fix = _LIMITS.get(name, (lambda _: True, ""))
     if value is not None and not fits(value):
-        raise ConfigError(f"{name} = {_show(value)} is out of range; {fix}")
+        raise ConfigError(f"{name} = {show(value)} is out of range; {fix}")
     return value
-
-
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else _typed(name, options[0], value)
-    if origin is Literal:
-        if value not in options or type(value) is not str:
-            near = suggest(value, options) if isinstance(value, str) else ""
-            raise ConfigError(f"{name} = {_show(value)} is not known; use {' or '.join(options)}{near}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} = {_show(value)} is not a list; give a list of texts: [{_show(str(value))}]")
-        return tuple(_typed(name, str, item) for item in value)
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**53 else math.inf
-    if type(value) is not kind:
-        raise ConfigError(f"{name} = {_show(value)} is not {_WORDS[kind]}{_type_hint(name, kind, value)}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{name} = {value} is not a finite number; give one such as {DEFAULTS[name] or 1.0}")
-    if kind is str:
-        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
-            raise ConfigError(f"{name} = {value!a} holds a line break or a control character; remove it")
-        return " ".join(value.split()) if name == "trigger" else value
-    return value
-
-
-def _type_hint(name: str, kind: type, value: Any) -> str:
-    if kind is str:
-        return f'; write "{value}"' if isinstance(value, int | float) else "; put it in quotes"
-    if isinstance(value, str):
-        word = value.lower() if value.lower() in ("true", "false") else value
-        return f"; write {word} without quotes" if kind is not bool or word in ("true", "false") else ""
-    return "" if kind is bool else f"; give one such as {DEFAULTS[name] or 1}"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_show(item) for item in value)}]"
-    if isinstance(value, int) and abs(value) > 10**20:  # str() of a huge int is slow and may be refused
-        return "a very large number"
-    return repr(value) if not isinstance(value, str) else _quote(value)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the known word nearest to this one, or nothing where none is near."""
-    plain = {name.lstrip("-").replace("-", "_").lower(): name for name in known}
-    word = word.lstrip("-").replace("-", "_").lower()
-    if _ALIASES.get(word) in plain:
-        return f"; did you mean {plain[_ALIASES[word]]}?"
-    near = difflib.get_close_matches(word, plain, 1, 0.6)
-    return f"; did you mean {plain[near[0]]}?" if near else ""
-
-
-_ALIASES = {
-    "lr": "learning_rate", "unet_lr": "learning_rate", "text_encoder_lr": "text_encoder_learning_rate",
-    "batch": "batch_size", "train_batch_size": "batch_size", "dim": "rank", "network_dim": "rank",
-    "network_alpha": "alpha", "max_train_steps": "steps", "num_steps": "steps", "epochs": "steps",
-    "gradient_accumulation_steps": "accumulation", "model": "base", "pretrained_model_name_or_path": "base",
-    "mixed_precision": "precision", "size": "resolution", "lora": "lora", "output": "out", "output_dir": "out",
-    "cfg": "guidance", "guidance_scale": "guidance", "num_images": "images", "negative_prompt": "negative",
-}  # fmt: skip
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -227,7 +156,7 @@ def recipe_from_toml(path: str | Path | None, overrides: Mapping[str, Any] | Non
 
     Raises: ConfigError for a file that cannot be read, is no TOML, has an unknown key, or a value that cannot be used.
     """
-    values = {} if path is None else _read_toml(Path(path))
+    values = {} if path is None else read_toml(Path(path))
     for key, value in values.items():
         try:
             if key not in FIELDS:
@@ -240,38 +169,13 @@ def recipe_from_toml(path: str | Path | None, overrides: Mapping[str, Any] | Non
     return make_recipe({**values, **(overrides or {})})
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return tomllib.loads(text.replace("\r\n", "\n"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a TOML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}; write key = value lines") from None
-
-
 def recipe_to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that `recipe_from_toml` reads back to an equal Recipe; values left open are comments."""
     lines = []
     for name in FIELDS:
         value = getattr(recipe, name)
-        lines.append(f"# {name} is left open" if value is None else f"{name} = {_toml(value)}")
+        lines.append(f"# {name} is left open" if value is None else f"{name} = {to_toml(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    return _quote(value) if isinstance(value, str) else repr(value)
-
-
-def _quote(text: str) -> str:
-    # TOML's basic strings escape as JSON's do, except that DEL needs an escape too.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def compare(a: Recipe, b: Recipe) -> list[str]:
@@ -285,7 +189,7 @@ def compare(a: Recipe, b: Recipe) -> list[str]:
             same = not (a.text_encoder and b.text_encoder) or a.text_encoder_rate == b.text_encoder_rate
             old, new = (None, None) if same else (a.text_encoder_rate, b.text_encoder_rate)
         if old != new and name not in UNDECISIVE:
-            found.append(f"{name} {'open' if old is None else _show(old)} -> {'open' if new is None else _show(new)}")
+            found.append(f"{name} {'open' if old is None else show(old)} -> {'open' if new is None else show(new)}")
     return found
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import DEFAULTS, FIELDS, describe_fields, suggest
+from .config import DEFAULTS, FIELDS, describe_fields
 from .errors import ConfigError
+from .values import suggest
 
 RECIPE_GROUPS = {
     "what is learnt": ("base", "trigger", "resolution", "flip", "caption_dropout", "text_encoder"),

@@ -48,7 +48,7 @@ EMA_DECAY = 0.998
 LAYOUT_WEIGHT = 0.1
 LOOKUP_WEIGHT = 0.03
 LAYOUT_STEPS = 2500
-DECAY_SHARE = 0.3  # the last part of the run, in which the learning rate falls to nothing
+DECAY_SHARE = 0.6  # the last part of the run, in which the learning rate falls to nothing
 
 
 def new_unet() -> Any:
@@ -206,8 +206,7 @@ class Trainer:
     """UNet and text encoder under training: the models, AdamW, the running averages and the step reached.
 
     On a CPU a step's batch is shared by Python threads of one compute thread each, which lose far less to a busy
-    machine than operators that are split over threads; more threads than cores leave no core waiting for the slowest
-    (`docs/log.md`).
+    machine than operators that are split over threads (`docs/log.md`).
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, workers: int, learning_rate: float, seed: int, device: str) -> None:
@@ -226,7 +225,8 @@ class Trainer:
         self.both.to(torch.bfloat16)
         self.copies: list[Tensor] = list(self.both.parameters())
         self.tokenizer, self.device = tokenizer, device
-        groups = [self.params[i::workers] for i in range(workers)]
+        self.shares = [list(range(len(self.params)))[i::workers] for i in range(workers)]
+        groups = [[self.params[i] for i in share] for share in self.shares]
         self.optimizers = [
             torch.optim.AdamW(
                 [
@@ -245,7 +245,7 @@ class Trainer:
         self.schedule = schedule
         self.share, weight = timestep_table(schedule.alphas_cumprod)
         self.weight = weight.to(device)
-        self.parts = 2 * workers if device == "cpu" else 1
+        self.parts = workers if device == "cpu" else 1
         self.threads = ThreadPoolExecutor(self.parts)
 
     def load(self, path: Path) -> None:
@@ -293,6 +293,25 @@ class Trainer:
         self.miss = miss.item()
         return error.detach(), torch.autograd.grad(loss, self.copies)
 
+    def _sum_gradients(self, done: list[tuple[Tensor, tuple[Tensor, ...]]], share: list[int]) -> float:
+        """Means of the parts' gradients for a share of the parameters; returns the sum of their squares."""
+        for i in share:
+            self.params[i].grad = sum((grads[i].float() for _, grads in done[1:]), done[0][1][i].float()) / len(done)
+        norms = torch._foreach_norm([p.grad for i in share if (p := self.params[i]).grad is not None])
+        return float(torch.stack(norms).square().sum())
+
+    @torch.no_grad()
+    def _update(self, worker: int, scale: float, learning_rate: float, decay: float) -> None:
+        """One optimizer step, and then the copies and averages, of a worker's share of the parameters."""
+        optimizer, share = self.optimizers[worker], self.shares[worker]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        params = [self.params[i] for i in share]
+        torch._foreach_mul_([p.grad for p in params], scale)
+        optimizer.step()
+        torch._foreach_copy_([self.copies[i] for i in share], params)
+        torch._foreach_lerp_([self.average[i] for i in share], params, 1 - decay)
+
     def train_step(self, x0: Tensor, prompts: list[str], learning_rate: float, seed: int) -> Tensor:
         """One step on scaled latents x0 [B, 4, 16, 16]; returns every sample's error on epsilon [B]."""
         rng = torch.Generator().manual_seed(seed * 1_000_003 + self.step)
@@ -304,17 +323,10 @@ class Trainer:
         ).input_ids
         parts = zip(*(v.chunk(self.parts) for v in (x0, x_t, noise, t, ids)), strict=True)
         done = list(self.threads.map(self._gradients, parts))
-        for i, p in enumerate(self.params):
-            p.grad = sum((grads[i].float() for _, grads in done[1:]), done[0][1][i].float()) / len(done)
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-        list(self.threads.map(lambda o: o.step(), self.optimizers))
+        squares = self.threads.map(lambda share: self._sum_gradients(done, share), self.shares)
+        scale = 1.0 / max(1.0, sum(squares) ** 0.5)
         decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.params)
-            torch._foreach_lerp_(self.average, self.params, 1 - decay)
+        list(self.threads.map(lambda w: self._update(w, scale, learning_rate, decay), range(len(self.shares))))
         self.step += 1
         return torch.cat([error for error, _ in done])
 

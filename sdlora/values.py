@@ -1,0 +1,120 @@
+"""Values as people write them: their types, how they are shown again, TOML, and the nearest known word."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+
+
+def typed(name: str, kind: Any, value: Any, example: Any = None) -> Any:
+    """The value in the type `kind`: int, float, bool, str, a Literal, a tuple of str, or one of these or None.
+
+    `example` is a number to name in the fix. Whole numbers are accepted where any number is.
+    Raises: ConfigError for another type, NaN, infinity, or text with control characters.
+    """
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else typed(name, options[0], value, example)
+    if origin is Literal:
+        if value not in options or type(value) is not str:
+            near = suggest(value, options) if isinstance(value, str) else ""
+            raise ConfigError(f"{name} = {show(value)} is not known; use {' or '.join(options)}{near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} = {show(value)} is not a list; give a list of texts: [{show(str(value))}]")
+        return tuple(typed(name, str, item) for item in value)
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**53 else math.inf
+    if type(value) is not kind:
+        raise ConfigError(f"{name} = {show(value)} is not {_WORDS[kind]}{_type_hint(kind, value, example)}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value} is not a finite number; give one such as {example or 1.0}")
+    if kind is str:
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+            raise ConfigError(f"{name} = {value!a} holds a line break or a control character; remove it")
+        return " ".join(value.split()) if name == "trigger" else value
+    return value
+
+
+def _type_hint(kind: type, value: Any, example: Any) -> str:
+    if kind is str:
+        return f'; write "{value}"' if isinstance(value, int | float) else "; put it in quotes"
+    if isinstance(value, str):
+        word = value.lower() if value.lower() in ("true", "false") else value
+        return f"; write {word} without quotes" if kind is not bool or word in ("true", "false") else ""
+    return "" if kind is bool else f"; give one such as {example or 1}"
+
+
+def show(value: Any) -> str:
+    """The value as a person would have written it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(show(item) for item in value)}]"
+    if isinstance(value, int) and abs(value) > 10**20:  # str() of a huge int is slow and may be refused
+        return "a very large number"
+    return repr(value) if not isinstance(value, str) else quote(value)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the known word nearest to this one, or nothing where none is near."""
+    plain = {name.lstrip("-").replace("-", "_").lower(): name for name in known}
+    word = word.lstrip("-").replace("-", "_").lower()
+    if _ALIASES.get(word) in plain:
+        return f"; did you mean {plain[_ALIASES[word]]}?"
+    near = difflib.get_close_matches(word, plain, 1, 0.6)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
+
+
+_ALIASES = {
+    "lr": "learning_rate", "unet_lr": "learning_rate", "text_encoder_lr": "text_encoder_learning_rate",
+    "batch": "batch_size", "train_batch_size": "batch_size", "dim": "rank", "network_dim": "rank",
+    "network_alpha": "alpha", "max_train_steps": "steps", "num_steps": "steps", "epochs": "steps",
+    "gradient_accumulation_steps": "accumulation", "model": "base", "pretrained_model_name_or_path": "base",
+    "mixed_precision": "precision", "size": "resolution", "lora": "lora", "output": "out", "output_dir": "out",
+    "cfg": "guidance", "guidance_scale": "guidance", "num_images": "images", "negative_prompt": "negative",
+}  # fmt: skip
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Raises: ConfigError where it cannot be read or is no TOML.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}; write key = value lines") from None
+
+
+def to_toml(value: Any) -> str:
+    """A bool, number, text or tuple of texts as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(to_toml(item) for item in value)}]"
+    return quote(value) if isinstance(value, str) else repr(value)
+
+
+def quote(text: str) -> str:
+    """Text in quotes, as TOML's basic strings escape it."""
+    # TOML's basic strings escape as JSON's do, except that DEL needs an escape too.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
