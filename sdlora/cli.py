@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
-from .flags import Parser, add_recipe_flags, parse_lora, read_number, read_whole_number
+from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output
-from .values import suggest
+from .values import parse_lora, suggest
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")
 _PRECISIONS = ("fp32", "bf16", "fp16")
+_BASE = "mini, a diffusers folder, a .safetensors checkpoint, or a hub id (default: mini)"
 _LORA = "LoRA file with its weight (default 1) and, after it, another weight for the text encoder's part"
 
 
@@ -129,9 +131,11 @@ def run_demo(args: Namespace) -> int:
 
 def add_check(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder of pictures and captions")
-    parser.add_argument("--base", default="mini", help="mini, a diffusers folder, or a hub id (default: mini)")
+    parser.add_argument("--base", default="mini", help=_BASE)
+    parser.add_argument("--prediction", metavar="KIND", default="auto", help="as train will be given it")
     parser.add_argument("--trigger", metavar="TEXT", default="", help="as train will be given it")
     parser.add_argument("--resolution", metavar="PX", type=read_whole_number, help="as train will be given it")
+    parser.add_argument("--max-chunks", metavar="N", type=read_whole_number, default=1, help="the same")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -140,13 +144,20 @@ def run_check(args: Namespace) -> int:
     from .data.check import list_report, note_base, write_report
     from .data.folder import describe_problems, survey_folder
 
-    recipe = Recipe(base=args.base, trigger=args.trigger, resolution=args.resolution)
+    recipe = Recipe(
+        base=args.base,
+        prediction=args.prediction,
+        trigger=args.trigger,
+        resolution=args.resolution,
+        max_chunks=args.max_chunks,
+    )
     survey = survey_folder(args.data, recipe.trigger)
     resolution_px, count = recipe.resolution, None
     try:
-        facts = read_base_facts(recipe.base)
+        facts = read_base_facts(recipe.base, recipe.prediction)
         facts.count_tokens([])
-        resolution_px, count = resolution_px or facts.resolution_px, facts.count_tokens
+        resolution_px = resolution_px or facts.resolution_px
+        count = partial(facts.count_tokens, chunks=recipe.max_chunks)
     except BaseModelError as error:
         note_base(survey, recipe.base, str(error))
     report = write_report(survey, resolution_px, count)
@@ -186,15 +197,25 @@ def run_train(args: Namespace) -> int:
     from .data.folder import scan_folder
 
     # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
-    check_output(out, [])
+    named = named_files(recipe)
+    check_files(named)
+    check_output(out, named)
     scan_folder(data, recipe.trigger)
     from .bases.facts import read_base_facts
 
-    read_base_facts(recipe.base)
+    read_base_facts(recipe.base, recipe.prediction)
+    from .combining.merge import merge_for_good
     from .training.loop import run_training
 
-    print(show_name(run_training(data, recipe, out, device=args.device, restart=args.restart)))
+    prepare = partial(merge_for_good, loras=recipe.merge)
+    print(show_name(run_training(data, recipe, out, device=args.device, restart=args.restart, prepare=prepare)))
     return 0
+
+
+def named_files(recipe: Recipe) -> list[Path]:
+    """The LoRA files that a recipe continues or merges."""
+    continued = [Path(recipe.continue_from)] if recipe.continue_from else []
+    return continued + [parse_lora(text).file for text in recipe.merge]
 
 
 def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
@@ -204,8 +225,9 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     examples = scan_folder(data, recipe.trigger)
     from .bases.facts import read_base_facts
 
-    check_output(out, [])
-    side_px = recipe.resolution or read_base_facts(recipe.base).resolution_px
+    check_files(named_files(recipe))
+    check_output(out, named_files(recipe))
+    side_px = recipe.resolution or read_base_facts(recipe.base, recipe.prediction).resolution_px
     shown = sum(e.repeats for e in examples)
     images = recipe.steps * recipe.images_per_step
     run = out.with_suffix(".run")
@@ -228,15 +250,23 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
 
 def add_generate(parser: Parser) -> None:
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="what to draw; <lora:name:weight> in it adds a LoRA of --lora-dir")
+    add(
+        "prompt",
+        metavar="PROMPT",
+        help="what to draw; (word:1.2) stresses, <lora:name:weight> adds a LoRA of --lora-dir",
+    )
     add("--lora", metavar="FILE[:W[:TE]]", action="append", default=[], help=f"{_LORA}; may be given several times")
     add("--lora-dir", metavar="DIR", type=Path, help="folder of the LoRAs that the prompt names")
-    add("--base", default="mini", help="mini, a diffusers folder, or a hub id (default: mini)")
+    add("--base", default="mini", help=_BASE)
+    kinds = ("auto", "epsilon", "v")
+    add("--prediction", default="auto", metavar="|".join(kinds), choices=kinds, help="what the base predicts")
+    add("--zero-terminal-snr", action=BooleanOptionalAction, help="the base's last step is pure noise")
     add("--negative", metavar="TEXT", default="", help="what to keep away from")
     add("--seed", metavar="S", type=read_whole_number, default=0, help="of the first picture (default: 0)")
     add("--images", metavar="N", type=read_whole_number, default=1, help="pictures, of seeds S, S+1, … (default: 1)")
     add("--steps", metavar="N", type=read_whole_number, default=20, help="sampler steps (default: 20)")
     add("--guidance", metavar="G", type=read_number, default=5.0, help="how closely to follow the prompt (default: 5)")
+    add("--clip-skip", metavar="N", type=read_whole_number, default=0, help="last text encoder layers to leave out")
     add("--width", metavar="PX", type=read_whole_number, help="without it: the base's own")
     add("--height", metavar="PX", type=read_whole_number, help="without it: the base's own")
     add("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
@@ -252,10 +282,16 @@ def run_generate(args: Namespace) -> int:
     from .bases.family import load_base
     from .generating.generate import generate_files
 
-    names = ("negative", "seed", "images", "steps", "guidance", "width", "height", "lora_dir", "out")
+    names = ("negative", "seed", "images", "steps", "guidance", "clip_skip", "width", "height", "lora_dir", "out")
     options = {name: getattr(args, name) for name in names}
     stack = [(spec.file, spec.weight, spec.te_weight) for spec in loras]
-    base = load_base(args.base, device=args.device, precision=args.precision)
+    base = load_base(
+        args.base,
+        device=args.device,
+        precision=args.precision,
+        prediction=args.prediction,
+        zero_snr=args.zero_terminal_snr,
+    )
     rows = generate_files(base, args.prompt, stack, progress=show_steps(), **options)
     if args.json:
         print_json(rows)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .values import read_toml, show, suggest, to_toml, typed
+from .targets import check_block_ranks, check_blocks, check_targets
+from .values import parse_lora, read_toml, show, suggest, to_toml, typed
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,11 @@ class Recipe:
     """
 
     base: str = "mini"
-    """The Stable Diffusion to teach: `mini`, a diffusers folder, or a hub id."""
+    """The Stable Diffusion to teach: `mini`, a diffusers folder, a `.safetensors` checkpoint, or a hub id."""
+    prediction: Literal["auto", "epsilon", "v"] = "auto"
+    """What the base predicts, noise or velocity; auto is what the base says of itself."""
+    zero_terminal_snr: bool | None = None
+    """The base's last step is pure noise (many v-prediction models). Without it: what the base says of itself."""
     steps: int = 300
     """Optimizer steps in all."""
     batch_size: int = 8
@@ -34,8 +39,38 @@ class Recipe:
     """Rank of each layer's low-rank change: higher learns more, makes a larger file, and forgets more."""
     alpha: float | None = None
     """The change is scaled by alpha / rank. Without it: the rank, so a scale of 1."""
+    rank_stabilised: bool = False
+    """Scales by alpha / √rank, so that a higher rank learns as fast; the file says an alpha of the same scale."""
+    targets: tuple[str, ...] = ("attention",)
+    """What is adapted: attention, cross-attention, self-attention, feed-forward, projections, convolutions, time, or
+    how modules' names end (to_q); several, with commas."""
+    blocks: tuple[str, ...] = ()
+    """Adapts only these blocks of the UNet: down, mid, up, down.1, up.0.attentions.1; SDXL also has style-only and
+    content-only. Without it: all."""
+    block_ranks: tuple[str, ...] = ()
+    """Another rank, and alpha, for a block: up.0=16 or up.0=16:8; the longest name wins, text_encoder is one too."""
+    conv_rank: int | None = None
+    """Rank of 3×3 convolutions. Without it: that of the rest."""
+    conv_alpha: float | None = None
+    """Alpha of 3×3 convolutions. Without it: the same scale as the rest."""
+    dora: bool = False
+    """Learns DoRA: direction and length of the weights apart. Stronger at low ranks, slower; A1111 cannot use it."""
+    dropout: float = 0.0
+    """Share of each layer's input that its LoRA does not see in a step, 0 to 1."""
+    rank_dropout: float = 0.0
+    """Share of each layer's ranks that take no part in a step, 0 to 1."""
+    module_dropout: float = 0.0
+    """Share of layers whose LoRA takes no part in a step, 0 to 1."""
+    max_norm: float = 0.0
+    """Layers whose change is longer than this after a step are scaled back to it; 0 turns it off."""
+    continue_from: str = ""
+    """LoRA file to start from instead of from nothing: the same targets and ranks are needed."""
+    merge: tuple[str, ...] = ()
+    """LoRA, FILE or FILE:WEIGHT, to merge into the base before training; may be given several times."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the up factors' learning rate is this many times the down factors'; 16 is usual, 1 turns it off."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What the learning rate does after the warm-up: falls along a cosine to 0, or stays."""
     warmup_steps: int = 20
@@ -54,12 +89,18 @@ class Recipe:
     """Side in pixels that pictures are scaled and centre-cropped to, a multiple of 8. Without it: the base's own."""
     seed: int = 0
     """Seed of every random draw: the same seed on the same machine makes the same bytes."""
+    max_chunks: int = 1
+    """Chunks of 75 tokens that a caption may fill; what is beyond them is cut off."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out, beyond the base's own; where others say clip skip 2, say 1."""
     trigger: str = ""
     """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
     text_encoder: bool = False
-    """Also adapts the text encoder's attention."""
+    """Also adapts the text encoders, where they have what the targets name."""
     text_encoder_learning_rate: float | None = None
     """Learning rate of the text encoder's part. Without it: that of the rest."""
+    text_encoder_2_learning_rate: float | None = None
+    """Learning rate of SDXL's second text encoder. Without it: the first's."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of the frozen base; what is trained is always float32."""
     preview: tuple[str, ...] = ()
@@ -72,10 +113,21 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in FIELDS:
             object.__setattr__(self, name, check_value(name, getattr(self, name)))
-        if self.text_encoder_learning_rate is not None and not self.text_encoder:
+        for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
+            if getattr(self, name) is not None and not self.text_encoder:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)} has no use while "
+                    "text_encoder = false; set text_encoder = true (--text-encoder) or leave it out"
+                )
+        check_targets(self.targets)
+        check_blocks(self.blocks)
+        check_block_ranks(self.block_ranks)
+        for text in self.merge:
+            parse_lora(text)
+        if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ConfigError(
-                f"text_encoder_learning_rate = {self.text_encoder_learning_rate} has no use while "
-                "text_encoder = false; set text_encoder = true (--text-encoder) or leave it out"
+                "zero_terminal_snr = true needs a base that predicts velocity; "
+                'set prediction = "v" (--prediction v) or leave it out'
             )
         if self.preview_every and not self.preview:
             raise ConfigError(
@@ -93,6 +145,12 @@ class Recipe:
         return self.learning_rate if self.text_encoder_learning_rate is None else self.text_encoder_learning_rate
 
     @property
+    def text_encoder_2_rate(self) -> float:
+        """The second text encoder's learning rate in force."""
+        own = self.text_encoder_2_learning_rate
+        return self.text_encoder_rate if own is None else own
+
+    @property
     def images_per_step(self) -> int:
         return self.batch_size * self.accumulation
 
@@ -100,8 +158,8 @@ class Recipe:
 FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
 """Each field's name and type."""
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
-UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every"})
-"""Fields that do not change what is learnt."""
+UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every", "continue_from", "merge"})
+"""Fields that do not change what is learnt; of a file that they name, the contents decide, and not the path."""
 
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (bool, "name a base, such as mini"),
@@ -112,12 +170,23 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (lambda v: v > 0, "give a number above 0, or leave it out to use the rank"),
     "learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.001"),
     "text_encoder_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
+    "text_encoder_2_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
+    "conv_rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, or leave it out to use the rank"),
+    "conv_alpha": (lambda v: v > 0, "give a number above 0, or leave it out"),
+    "dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "rank_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "module_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "max_norm": (lambda v: v >= 0, "give a number above 0, such as 1, or 0 to turn it off"),
+    "lora_plus_ratio": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 16, or 1 to turn it off"),
+    "merge": (lambda v: all(x.strip() for x in v), "leave out the empty name"),
     "warmup_steps": (lambda v: 0 <= v <= 10_000_000, "give 0 or more"),
     "weight_decay": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.01"),
     "min_snr_gamma": (lambda v: v >= 0, "give a number above 0, such as 5, or 0 to turn it off"),
     "max_grad_norm": (lambda v: v > 0, "give a number above 0, such as 1"),
     "caption_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
     "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),
+    "max_chunks": (lambda v: 1 <= v <= 16, "give 1 to 16, such as 3 for 225 tokens"),
+    "clip_skip": (lambda v: 0 <= v <= 30, "give 0 to 30, such as 1 to read the layer before the last"),
     "seed": (lambda v: 0 <= v < 2**63, "give a whole number from 0 to 2^63 - 1"),
     "preview": (lambda v: all(p.strip() for p in v), "leave out the empty prompt"),
     "preview_every": (lambda v: v >= 0, "give 0 or more"),
@@ -178,6 +247,12 @@ def recipe_to_toml(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+_RATES_IN_FORCE = {
+    "text_encoder_learning_rate": "text_encoder_rate",
+    "text_encoder_2_learning_rate": "text_encoder_2_rate",
+}
+
+
 def compare(a: Recipe, b: Recipe) -> list[str]:
     """What differs between two recipes, as `steps 300 -> 600`, leaving out what does not change the result."""
     found = []
@@ -185,9 +260,10 @@ def compare(a: Recipe, b: Recipe) -> list[str]:
         old, new = getattr(a, name), getattr(b, name)
         if name == "alpha":
             old, new = a.scale_alpha, b.scale_alpha
-        elif name == "text_encoder_learning_rate":
-            same = not (a.text_encoder and b.text_encoder) or a.text_encoder_rate == b.text_encoder_rate
-            old, new = (None, None) if same else (a.text_encoder_rate, b.text_encoder_rate)
+        elif name in _RATES_IN_FORCE:
+            before, after = getattr(a, _RATES_IN_FORCE[name]), getattr(b, _RATES_IN_FORCE[name])
+            same = not (a.text_encoder and b.text_encoder) or before == after
+            old, new = (None, None) if same else (before, after)
         if old != new and name not in UNDECISIVE:
             found.append(f"{name} {'open' if old is None else show(old)} -> {'open' if new is None else show(new)}")
     return found

@@ -1,4 +1,4 @@
-"""The command line's flags: a parser that answers in one line, the Recipe's fields as flags, and what a LORA is."""
+"""The command line's flags: a parser that answers in one line, and the Recipe's fields as flags."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import DEFAULTS, FIELDS, describe_fields
 from .errors import ConfigError
-from .values import suggest
+from .values import NUMBER, suggest
 
 RECIPE_GROUPS = {
-    "what is learnt": ("base", "trigger", "resolution", "flip", "caption_dropout", "text_encoder"),
-    "size of the LoRA": ("rank", "alpha"),
+    "what is learnt": (
+        "base", "prediction", "zero_terminal_snr", "trigger", "resolution", "flip", "caption_dropout", "max_chunks",
+        "clip_skip", "text_encoder",
+    ),
+    "what is adapted, and how": (
+        "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
+        "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",
+    ),
     "length and speed": ("steps", "batch_size", "accumulation", "precision", "seed"),
     "learning": (
-        "learning_rate", "text_encoder_learning_rate", "schedule", "warmup_steps", "weight_decay", "min_snr_gamma",
-        "max_grad_norm",
+        "learning_rate", "lora_plus_ratio", "text_encoder_learning_rate", "text_encoder_2_learning_rate", "schedule",
+        "warmup_steps", "weight_decay", "min_snr_gamma", "max_grad_norm",
     ),
     "previews and checkpoints": ("preview", "preview_every", "checkpoint_every"),
 }  # fmt: skip
-_METAVARS = {"base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT"}
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+_METAVARS = {
+    "base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT", "targets": "NAMES", "blocks": "BLOCKS",
+    "block_ranks": "BLOCK=RANK[:ALPHA]", "continue_from": "FILE", "merge": "FILE[:W[:TE]]",
+}  # fmt: skip
+_FLAGS = {"continue_from": "--continue"}
+"""Flags that are not called as their field."""
+_LISTS = ("targets", "blocks", "block_ranks")
+"""Fields whose flag takes several words, with commas between them."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,7 +108,7 @@ def read_whole_number(text: str) -> int:
 
 def read_number(text: str) -> float:
     """The finite number that a flag's value spells. Raises: argparse.ArgumentTypeError."""
-    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
@@ -115,12 +125,15 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_field(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     kind, default = FIELDS[name], DEFAULTS[name]
-    flag, options = f"--{name.replace('_', '-')}", typing.get_args(kind)
+    flag, options = _FLAGS.get(name, f"--{name.replace('_', '-')}"), typing.get_args(kind)
     more: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
     shown = "on" if default is True else "off" if default is False else default
+    shown = ", ".join(default) if isinstance(default, tuple) else shown
     more["help"] = text if default in (None, "", ()) else f"{text} (default: {shown})"
-    if kind is bool:
+    if kind is bool or options[:1] == (bool,):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
+    elif name in _LISTS:
+        group.add_argument(flag, action="extend", type=_split_words, metavar=_METAVARS[name], **more)
     elif typing.get_origin(kind) is tuple:
         group.add_argument(flag, action="append", metavar=_METAVARS[name], **more)
     elif typing.get_origin(kind) is typing.Literal:
@@ -132,37 +145,5 @@ def _add_field(group: argparse._ArgumentGroup, name: str, text: str) -> None:
         group.add_argument(flag, type=read, metavar=metavar, **more)
 
 
-@dataclass(frozen=True)
-class LoraSpec:
-    """A LoRA as the command line names it: FILE[:WEIGHT[:TE_WEIGHT]]."""
-
-    file: Path
-    weight: float = 1.0
-    te_weight: float = 1.0
-
-
-def parse_lora(text: str) -> LoraSpec:
-    """Reads FILE[:WEIGHT[:TE_WEIGHT]]; colons that belong to the path are left in it.
-
-    Raises: ConfigError for an empty FILE, or a weight that is no finite number.
-    """
-    end = [m.end() for m in re.finditer(r"\.safetensors(?=:|$)", text, re.IGNORECASE)]
-    if end:
-        file, rest = text[: end[-1]], text[end[-1] + 1 :]
-        weights = rest.split(":") if end[-1] < len(text) else []
-    else:
-        weights = []
-        file = text
-        # without the suffix to go by, only numbers at the end can be weights: C:\style:0.5
-        while len(weights) < 2 and ":" in file and _NUMBER.fullmatch(file.rpartition(":")[2]):
-            file, _, last = file.rpartition(":")
-            weights.insert(0, last)
-    if not file:
-        raise ConfigError(f"LoRA {text!r} names no file; write FILE:WEIGHT, such as ink.safetensors:0.8")
-    if len(weights) > 2:
-        raise ConfigError(f"LoRA {text}: has {len(weights)} weights; write FILE:WEIGHT:TE_WEIGHT")
-    for weight in weights:
-        if not _NUMBER.fullmatch(weight) or not math.isfinite(float(weight)):
-            raise ConfigError(f"LoRA {text}: weight {weight!r} is no finite number; write FILE:WEIGHT, as {file}:0.8")
-    numbers = [float(weight) for weight in weights] or [1.0]
-    return LoraSpec(Path(file), numbers[0], numbers[-1])
+def _split_words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]

@@ -8,7 +8,9 @@ from typing import Any
 
 from .adapter.delta import Adapter
 from .bases.family import Base, load_base
-from .config import make_recipe
+from .bases.schedule import with_schedule
+from .combining.merge import merge_for_good, merged_for_a_while
+from .config import Recipe, make_recipe
 from .training.loop import train_adapter
 
 
@@ -30,8 +32,21 @@ def train(
     """
     named = make_recipe({**recipe, "base": base.name if isinstance(base, Base) else base})
     if isinstance(base, str):
-        base = load_base(base, device=device, precision=named.precision)
+        loaded = load_base(
+            base,
+            device=device,
+            precision=named.precision,
+            prediction=named.prediction,
+            zero_snr=named.zero_terminal_snr,
+        )
+        return _train(folder, merge_for_good(loaded, named.merge), named, out, restart)
+    base = with_schedule(base, None if named.prediction == "auto" else named.prediction, named.zero_terminal_snr)
+    with merged_for_a_while(base, named.merge) as merged:
+        return _train(folder, merged, named, out, restart)
+
+
+def _train(folder: str | Path, base: Base, recipe: Recipe, out: str | Path | None, restart: bool) -> Adapter:
     if out is not None:
-        return train_adapter(Path(folder), base, named, Path(out), restart=restart)
+        return train_adapter(Path(folder), base, recipe, Path(out), restart=restart)
     with tempfile.TemporaryDirectory() as place:
-        return train_adapter(Path(folder), base, named, Path(place) / "lora.safetensors", restart=restart)
+        return train_adapter(Path(folder), base, recipe, Path(place) / "lora.safetensors", restart=restart)

@@ -1,20 +1,23 @@
-"""Values as people write them: their types, how they are shown again, TOML, and the nearest known word."""
+"""Values as people write them: their types, how they are shown again, TOML, LORAs, and the nearest known word."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
 
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
@@ -82,7 +85,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
 _ALIASES = {
     "lr": "learning_rate", "unet_lr": "learning_rate", "text_encoder_lr": "text_encoder_learning_rate",
     "batch": "batch_size", "train_batch_size": "batch_size", "dim": "rank", "network_dim": "rank",
-    "network_alpha": "alpha", "max_train_steps": "steps", "num_steps": "steps", "epochs": "steps",
+    "network_alpha": "alpha", "conv_dim": "conv_rank", "network_dropout": "dropout", "scale_weight_norms": "max_norm",
+    "loraplus_lr_ratio": "lora_plus_ratio", "network_weights": "continue_from", "use_dora": "dora",
+    "max_train_steps": "steps", "num_steps": "steps", "epochs": "steps",
     "gradient_accumulation_steps": "accumulation", "model": "base", "pretrained_model_name_or_path": "base",
     "mixed_precision": "precision", "size": "resolution", "lora": "lora", "output": "out", "output_dir": "out",
     "cfg": "guidance", "guidance_scale": "guidance", "num_images": "images", "negative_prompt": "negative",
@@ -118,3 +123,39 @@ def quote(text: str) -> str:
     """Text in quotes, as TOML's basic strings escape it."""
     # TOML's basic strings escape as JSON's do, except that DEL needs an escape too.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA as the command line names it: FILE[:WEIGHT[:TE_WEIGHT]]."""
+
+    file: Path
+    weight: float = 1.0
+    te_weight: float = 1.0
+
+
+def parse_lora(text: str) -> LoraSpec:
+    """Reads FILE[:WEIGHT[:TE_WEIGHT]]; colons that belong to the path are left in it.
+
+    Raises: ConfigError for an empty FILE, or a weight that is no finite number.
+    """
+    end = [m.end() for m in re.finditer(r"\.safetensors(?=:|$)", text, re.IGNORECASE)]
+    if end:
+        file, rest = text[: end[-1]], text[end[-1] + 1 :]
+        weights = rest.split(":") if end[-1] < len(text) else []
+    else:
+        weights = []
+        file = text
+        # without the suffix to go by, only numbers at the end can be weights: C:\style:0.5
+        while len(weights) < 2 and ":" in file and NUMBER.fullmatch(file.rpartition(":")[2]):
+            file, _, last = file.rpartition(":")
+            weights.insert(0, last)
+    if not file:
+        raise ConfigError(f"LoRA {text!r} names no file; write FILE:WEIGHT, such as ink.safetensors:0.8")
+    if len(weights) > 2:
+        raise ConfigError(f"LoRA {text}: has {len(weights)} weights; write FILE:WEIGHT:TE_WEIGHT")
+    for weight in weights:
+        if not NUMBER.fullmatch(weight) or not math.isfinite(float(weight)):
+            raise ConfigError(f"LoRA {text}: weight {weight!r} is no finite number; write FILE:WEIGHT, as {file}:0.8")
+    numbers = [float(weight) for weight in weights] or [1.0]
+    return LoraSpec(Path(file), numbers[0], numbers[-1])

@@ -5,40 +5,53 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .delta import Card
-from .keys import DEFAULT_FAMILY, GRAMMARS, path_of_dotted
+from .keys import DEFAULT_FAMILY, GRAMMARS, SUFFIXES, path_of_dotted, uses_sdxl_names
 
 FORMAT_VERSION = "1"
 
 
 @dataclass(frozen=True)
 class FamilyNames:
-    """What a family is called in a file's metadata, and what its bases were trained at."""
+    """What a family is called in a file's metadata, and what its bases were trained at.
+
+    Source: sd-scripts, `library/sai_model_spec.py` and `sdxl_model_util.MODEL_VERSION_SDXL_BASE_V1_0`.
+    """
 
     kohya: str
     architecture: str
-    prediction_type: str
     resolution_px: int
+    implementation: str = "diffusers"
+    """Whose names kohya's files use."""
 
 
 FAMILY_NAMES: dict[str, FamilyNames] = {
-    "sd1": FamilyNames("sd_v1", "stable-diffusion-v1", "epsilon", 512),
-    "sd2": FamilyNames("sd_v2", "stable-diffusion-v2", "epsilon", 512),
-    "mini": FamilyNames("sdlora_mini", "stable-diffusion-v1-mini", "epsilon", 128),
+    "sd1": FamilyNames("sd_v1", "stable-diffusion-v1", 512),
+    "sd2": FamilyNames("sd_v2", "stable-diffusion-v2-512", 512),
+    "sdxl": FamilyNames(
+        "sdxl_base_v1-0",
+        "stable-diffusion-xl-v1-base",
+        1024,
+        implementation="https://github.com/Stability-AI/generative-models",
+    ),
+    "mini": FamilyNames("sdlora_mini", "stable-diffusion-v1-mini", 128),
 }
+VELOCITY_NAMES: dict[str, FamilyNames] = {"sd2": FamilyNames("sd_v2_v", "stable-diffusion-v2-768-v", 768)}
+"""What is called otherwise where the base predicts velocity."""
 FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of the text states that cross-attention reads."""
+_DOWNS = ("_lora.down.weight", *(suffix for suffix, (_, role) in SUFFIXES.items() if role == "down"))
 
 Alphas = Mapping[str, float]
 Modules = Mapping[str, tuple[int, float]]
 """By module path: rank and alpha."""
 
 
-def describe_card(card: Card, modules: Modules) -> dict[str, str]:
+def describe_card(card: Card, modules: Modules, format: str = "kohya") -> dict[str, str]:
     """The metadata of a file: strings, nothing private, nothing that differs from run to run."""
     ranks, alphas = {r for r, _ in modules.values()}, {a for _, a in modules.values()}
     base = public_name(card.base)
@@ -54,12 +67,16 @@ def describe_card(card: Card, modules: Modules) -> dict[str, str]:
     }
     names = FAMILY_NAMES.get(card.family)
     if names:
+        velocity = card.settings.get("prediction_type") in ("v", "v_prediction")
+        names = VELOCITY_NAMES.get(card.family, names) if velocity else names
         side = card.settings.get("resolution") or names.resolution_px
         metadata |= {
             "ss_base_model_version": names.kohya,
+            "ss_v2": str(card.family == "sd2"),  # A1111 tells SD 2.x by it
             "modelspec.architecture": f"{names.architecture}/lora",
-            "modelspec.prediction_type": str(card.settings.get("prediction_type") or names.prediction_type),
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
             "modelspec.resolution": f"{side}x{side}",
+            "modelspec.implementation": names.implementation if format == "kohya" else "diffusers",
         }
     if card.trigger:
         metadata["modelspec.trigger_phrase"] = card.trigger
@@ -77,14 +94,14 @@ def describe_card(card: Card, modules: Modules) -> dict[str, str]:
     return {k: v.encode("utf-8", "replace").decode("utf-8") for k, v in metadata.items()}
 
 
-def read_card(metadata: Mapping[str, str], down_shapes: Mapping[str, tuple[int, ...]]) -> Card:
-    """The card of a file that any tool may have written; what it does not say stays empty."""
+def read_card(metadata: Mapping[str, str], family: str) -> Card:
+    """The card of a file for `family` that any tool may have written; what it does not say stays empty."""
     try:
         settings = json.loads(metadata.get("sdlora.recipe", "{}"))
     except (ValueError, RecursionError):
         settings = {}
     return Card(
-        family=metadata.get("sdlora.family") or _guess_family(metadata, down_shapes),
+        family=family,
         base=public_name(metadata.get("sdlora.base", "")),
         trigger=metadata.get("modelspec.trigger_phrase", ""),
         settings=settings if isinstance(settings, dict) else {},
@@ -104,8 +121,11 @@ def _public_text(value: object) -> str:
     return public_name(str(value))
 
 
-def describe_alphas(modules: Modules) -> dict[str, str]:
-    """Ranks and alphas as diffusers keeps them for names that have no alpha of their own: one LoraConfig a part."""
+def describe_alphas(modules: Modules, doras: Collection[str] = ()) -> dict[str, str]:
+    """Ranks and alphas as diffusers keeps them for names that have no alpha of their own: one LoraConfig a part.
+
+    `doras` are the modules that are DoRA; PEFT has one word on that for a whole part.
+    """
     config: dict[str, Any] = {}
     for part in sorted({p.partition(".")[0] for p in modules}):
         mine = {_peft_name(p): x for p, x in sorted(modules.items()) if p.startswith(f"{part}.")}
@@ -114,10 +134,12 @@ def describe_alphas(modules: Modules) -> dict[str, str]:
         config[f"{part}.target_modules"] = list(mine)
         config[f"{part}.rank_pattern"] = {n: r for n, (r, _) in mine.items() if r != rank}
         config[f"{part}.alpha_pattern"] = {n: _whole(a) for n, (_, a) in mine.items() if a != alpha}
+        if any(p.startswith(f"{part}.") for p in doras):
+            config[f"{part}.use_dora"] = True
     return {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
 
 
-def alphas_of(metadata: Mapping[str, str]) -> Alphas:
+def alphas_of(metadata: Mapping[str, str], family: str = DEFAULT_FAMILY) -> Alphas:
     """Alphas by module path that a diffusers file's metadata gives; a config that says nothing usable gives none."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -126,13 +148,13 @@ def alphas_of(metadata: Mapping[str, str]) -> Alphas:
     if not isinstance(config, dict):
         return {}
     found = _Alphas()
-    for part in GRAMMARS[DEFAULT_FAMILY].prefixes:
+    for part in GRAMMARS[family].prefixes:
         general: Any = config.get(f"{part}.lora_alpha")
         pattern: Any = config.get(f"{part}.alpha_pattern")
         if _is_number(general):
             found.general[part] = float(general)
         for name, alpha in (pattern if isinstance(pattern, dict) else {}).items():
-            path = path_of_dotted(f"{part}.{name}")
+            path = path_of_dotted(f"{part}.{name}", family)
             if path and _is_number(alpha):
                 found[path] = float(alpha)
     return found
@@ -162,13 +184,22 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _guess_family(metadata: Mapping[str, str], down_shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """From the width of the text states, which no SD1 shares with an SD2; else from kohya's word."""
-    for path, shape in down_shapes.items():
-        if path.endswith((".attn2.to_k", ".attn2.to_v")):
+def tell_family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that a file is for, from its keys' names, its metadata and the width of its text; else empty.
+
+    `shapes` are its tensors' by key. SD 1.x and 2.x have the same names; the width of the text states tells them apart.
+    """
+    if uses_sdxl_names(shapes):
+        return "sdxl"
+    if said := metadata.get("sdlora.family", ""):
+        return said
+    for key, shape in shapes.items():
+        if "attn2" in key and ("to_k" in key or "to_v" in key) and key.endswith(_DOWNS) and len(shape) == 2:
             return FAMILY_OF_TEXT_WIDTH.get(shape[1], "")
+    if metadata.get("modelspec.architecture", "").startswith(FAMILY_NAMES["sdxl"].architecture):
+        return "sdxl"
     word = metadata.get("ss_base_model_version", "")
-    return next((f for f, names in FAMILY_NAMES.items() if word.startswith(names.kohya)), "")
+    return next((f for f, names in FAMILY_NAMES.items() if word.startswith(names.kohya.partition("_base")[0])), "")
 
 
-__all__ = ["FAMILY_NAMES", "alphas_of", "describe_alphas", "describe_card", "public_name", "read_card"]
+__all__ = ["FAMILY_NAMES", "alphas_of", "describe_alphas", "describe_card", "public_name", "read_card", "tell_family"]

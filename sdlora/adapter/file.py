@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import AdapterFileError
 from . import card as cards
 from . import keys
-from .delta import Adapter, Delta, LowRank
-from .header import FLOAT_DTYPES, Entry, parse_header, printable, read_header, replace_metadata
+from .delta import Adapter, Delta, Dora, shape_of
+from .header import Entry, parse_header, printable, read_header, replace_metadata
+from .pairs import check_entries, make_ready, name_tensors, read_delta
 
 WRITTEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,43 +44,15 @@ def write_adapter(
         raise AdapterFileError(f"{printable(path)} must end in .safetensors, or other tools will not open it")
     if not adapter.deltas:
         raise AdapterFileError(f"{printable(path)} would hold no module; nothing is written")
-    pairs = {p: _checked_pair(p, adapter.deltas[p], dtype) for p in sorted(adapter.deltas)}
-    metadata = cards.describe_card(adapter.card, {p: (x.rank, x.alpha) for p, x in pairs.items()})
+    deltas = {p: make_ready(p, adapter.deltas[p], dtype) for p in sorted(adapter.deltas)}
+    doras = {p for p, d in deltas.items() if isinstance(d, Dora)}
+    pairs = {p: d.inner if isinstance(d, Dora) else d for p, d in deltas.items()}
+    sizes = {p: (pair.rank, pair.alpha) for p, pair in pairs.items()}
+    metadata = cards.describe_card(adapter.card, sizes, format)
     if format != "kohya":
-        metadata |= cards.describe_alphas({p: (x.rank, x.alpha) for p, x in pairs.items()})
-    tensors = _named_tensors(pairs, format, adapter.card.family)
+        metadata |= cards.describe_alphas(sizes, doras)
+    tensors = name_tensors(deltas, format, adapter.card.family)
     _write_atomically(path, replace_metadata(safetensors.torch.save(tensors), metadata))
-
-
-def _checked_pair(path: str, delta: Delta, dtype: torch.dtype) -> LowRank:
-    """The pair as it will be stored: contiguous CPU tensors of `dtype` and an alpha that float32 can hold."""
-    if not isinstance(delta, LowRank):
-        raise AdapterFileError(f"{path} is a {type(delta).__name__} change; only low-rank changes can be written yet")
-    alpha = float(torch.tensor(delta.alpha, dtype=torch.float32))
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise AdapterFileError(f"{path} has alpha {delta.alpha}; it must be a number above 0")
-    pair = LowRank(
-        delta.down.detach().to("cpu", dtype).contiguous(), delta.up.detach().to("cpu", dtype).contiguous(), alpha
-    )
-    _check_shapes(path, tuple(pair.down.shape), tuple(pair.up.shape))
-    for role, factor in (("down", pair.down), ("up", pair.up)):
-        if not bool(factor.isfinite().all()):
-            raise AdapterFileError(f"{path}: its {role} factor is not finite as {dtype}; nothing is written")
-    return pair
-
-
-def _named_tensors(pairs: Mapping[str, LowRank], format: str, family: str) -> dict[str, Tensor]:
-    family = family if family in keys.GRAMMARS else keys.DEFAULT_FAMILY
-    single = len({p.partition(".")[0] for p in pairs}) == 1
-    tensors: dict[str, Tensor] = {}
-    for path, pair in pairs.items():
-        if not keys.is_known(path, family):
-            raise AdapterFileError(f"{path} has no name in a {family} file; only its UNet and text encoder have")
-        down, up = keys.write_keys(path, format, family, single)
-        tensors[down], tensors[up] = pair.down.clone(), pair.up.clone()  # clones: shared storage cannot be stored
-        if format == "kohya":
-            tensors[f"{keys.kohya_name(path, family)}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
-    return tensors
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -123,24 +95,28 @@ def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_std
     path = Path(path)
     entries, metadata = read_header(path)
     name = printable(path)
-    modules, unknown = _sort_keys(entries, name)
+    if foreign := keys.foreign_family(entries):
+        raise AdapterFileError(f"{name} is a LoRA for {foreign}; give one for Stable Diffusion 1, 2 or XL")
+    said = cards.tell_family(metadata, {key: entry.shape for key, entry in entries.items()})
+    family = said if said in keys.GRAMMARS else keys.DEFAULT_FAMILY
+    modules, unknown = _sort_keys(entries, name, family)
     if not modules:
         raise AdapterFileError(f"{name} {_why_nothing_fits(entries)}")
     for key in unknown[:5]:
-        warn(f"{name}: {printable(key)} belongs to no module of a Stable Diffusion 1 or 2 and is left out")
+        warn(f"{name}: {printable(key)} belongs to no module of a {family} base and is left out")
     if len(unknown) > 5:
         warn(f"{name}: {len(unknown) - 5} more such keys are left out")
-    _check_entries(modules, entries, name)
+    check_entries(modules, entries, name)
     try:
         tensors = safetensors.torch.load_file(path)
     except Exception as e:  # the library raises what it likes; the header is sound, so this is the disk or the dtype
         raise AdapterFileError(f"{name} cannot be read: {printable(e)}") from e
-    alphas = cards.alphas_of(metadata)
-    deltas: dict[str, Delta] = {p: _read_pair(p, roles, tensors, alphas, name) for p, roles in sorted(modules.items())}
-    return Adapter(deltas, cards.read_card(metadata, {p: e.shape for p, e in _downs(modules, entries).items()}))
+    alphas = cards.alphas_of(metadata, family)
+    deltas: dict[str, Delta] = {p: read_delta(p, roles, tensors, alphas, name) for p, roles in sorted(modules.items())}
+    return Adapter(deltas, cards.read_card(metadata, said))
 
 
-def _sort_keys(entries: Mapping[str, Entry], name: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _sort_keys(entries: Mapping[str, Entry], name: str, family: str) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Module path -> role -> key, and the keys that are nothing known."""
     modules: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
@@ -148,7 +124,7 @@ def _sort_keys(entries: Mapping[str, Entry], name: str) -> tuple[dict[str, dict[
         kind = keys.other_kind(key)
         if kind:
             raise AdapterFileError(f"{name} is not plain LoRA: {printable(key)} makes it {kind}, which is not read yet")
-        role = keys.read_key(key)
+        role = keys.read_key(key, family)
         if role is None:
             unknown.append(key)
             continue
@@ -159,55 +135,9 @@ def _sort_keys(entries: Mapping[str, Entry], name: str) -> tuple[dict[str, dict[
 
 
 def _why_nothing_fits(entries: Mapping[str, Entry]) -> str:
-    for start, family in keys.FOREIGN_PREFIXES.items():
-        if any(k.removeprefix(keys.PEFT_PREFIX).startswith(start) for k in entries):
-            return f"is a LoRA for {family}, which is not supported yet; give one for Stable Diffusion 1 or 2"
     if not entries:
         return "holds no tensors; it is no LoRA"
     return f"is no LoRA that is known: none of its {len(entries)} keys fits, such as {printable(min(entries))}"
-
-
-def _downs(modules: Mapping[str, Mapping[str, str]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    return {path: entries[roles["down"]] for path, roles in modules.items()}
-
-
-def _check_entries(modules: Mapping[str, Mapping[str, str]], entries: Mapping[str, Entry], name: str) -> None:
-    """Every module has both factors, of float dtypes and shapes that can be multiplied."""
-    for path, roles in sorted(modules.items()):
-        for role in ("down", "up"):
-            if role not in roles:
-                key = printable(roles.get("down") or roles.get("up") or roles["alpha"])
-                raise AdapterFileError(f"{name} has {key} but no {role} factor for {path}; the file is incomplete")
-        for key in roles.values():
-            if entries[key].dtype not in FLOAT_DTYPES:
-                raise AdapterFileError(f"{name}: {printable(key)} is {entries[key].dtype}; a factor must be a float")
-        if "alpha" in roles and math.prod(entries[roles["alpha"]].shape) != 1:
-            raise AdapterFileError(f"{name}: {printable(roles['alpha'])} must be a single number")
-        try:
-            _check_shapes(path, entries[roles["down"]].shape, entries[roles["up"]].shape)
-        except AdapterFileError as e:
-            raise AdapterFileError(f"{name}: {e}") from None
-
-
-def _check_shapes(path: str, down: tuple[int, ...], up: tuple[int, ...]) -> None:
-    if len(down) not in (2, 4) or len(up) != len(down) or 0 in down + up or up[2:] not in ((), (1, 1)):
-        raise AdapterFileError(f"{path} has factors of shapes {list(down)} and {list(up)}, which is no low-rank pair")
-    if down[0] != up[1]:
-        raise AdapterFileError(f"{path} has rank {down[0]} in its down factor and {up[1]} in its up factor")
-
-
-def _read_pair(
-    path: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor], alphas: cards.Alphas, name: str
-) -> LowRank:
-    down, up = tensors[roles["down"]], tensors[roles["up"]]
-    for role in ("down", "up"):
-        if not bool(tensors[roles[role]].float().isfinite().all()):
-            raise AdapterFileError(f"{name}: {printable(roles[role])} holds NaN or infinity; train it again")
-    alpha = float(tensors[roles["alpha"]].item()) if "alpha" in roles else alphas.get(path, float(down.shape[0]))
-    if not (math.isfinite(alpha) and alpha > 0):
-        key = printable(roles.get("alpha", path))
-        raise AdapterFileError(f"{name}: {key} is an alpha of {alpha}; it must be a number above 0")
-    return LowRank(down, up, alpha)
 
 
 def misfits(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -221,10 +151,7 @@ def misfits(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
             problems.append(f"{path} is not in the base" + ("" if part in modules else f" ({part} is not loaded)"))
             continue
         assert isinstance(weight, Tensor)
-        if isinstance(delta, LowRank):
-            shape = (delta.up.shape[0], *delta.down.shape[1:])
-        else:
-            shape = tuple(delta.weight().shape)
+        shape = shape_of(delta)
         if shape != tuple(weight.shape):
             problems.append(f"{path} is {_size(shape)} in the LoRA and {_size(tuple(weight.shape))} in the base")
     return problems

@@ -6,11 +6,13 @@ a CLIP text encoder's names keep `text_model.`, whichever way the installed tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
+
+from . import original
 
 FORMATS = ("kohya", "diffusers", "peft")
 
@@ -21,6 +23,8 @@ class Grammar:
 
     prefixes: dict[str, str]
     words: dict[str, frozenset[str]]
+    original_unet: bool = False
+    """Whether kohya's names of the UNet are those of its first release (`adapter/original.py`), not diffusers'."""
 
 
 # fmt: off
@@ -42,20 +46,29 @@ _SD1 = Grammar(
     prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
     words={"unet": _UNET_WORDS, "text_encoder": _CLIP_WORDS},
 )
-GRAMMARS: dict[str, Grammar] = {"sd1": _SD1, "sd2": _SD1, "mini": _SD1}
+_SDXL = Grammar(
+    prefixes={"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    words={
+        "unet": _UNET_WORDS | {"add_embedding"} | original.WORDS,
+        "text_encoder": _CLIP_WORDS,
+        "text_encoder_2": _CLIP_WORDS | {"text_projection"},
+    },
+    original_unet=True,
+)
+GRAMMARS: dict[str, Grammar] = {"sd1": _SD1, "sd2": _SD1, "mini": _SD1, "sdxl": _SDXL}
 """By family; a family with other names is one more row."""
 DEFAULT_FAMILY = "sd1"
 
+SDXL_PREFIXES = (
+    "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_", "lora_te1_", "lora_te2_",
+    "text_encoder_2.",
+)  # fmt: skip
+"""How a key starts that only a file for SDXL has."""
 FOREIGN_PREFIXES: dict[str, str] = {
-    "lora_unet_input_blocks_": "sdxl",
-    "lora_unet_middle_block_": "sdxl",
-    "lora_unet_output_blocks_": "sdxl",
-    "lora_te1_": "sdxl",
-    "lora_te2_": "sdxl",
     "lora_unet_double_blocks_": "flux",
     "lora_unet_single_blocks_": "flux",
     "lora_unet_joint_blocks_": "sd3",
-    "text_encoder_2.": "sdxl",
+    "lora_te3_": "flux or sd3",
     "transformer.": "flux or sd3",
 }
 """How a key of a family without a grammar starts: only to say which family a refused file is for."""
@@ -72,8 +85,12 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     ".lora.up.weight": ("diffusers", "up"),
     ".lora_linear_layer.down.weight": ("diffusers", "down"),
     ".lora_linear_layer.up.weight": ("diffusers", "up"),
+    ".dora_scale": ("kohya", "magnitude"),
+    ".lora_magnitude_vector": ("diffusers", "magnitude"),
+    ".lora_magnitude_vector.weight": ("diffusers", "magnitude"),
+    ".lora_magnitude_vector.default.weight": ("peft", "magnitude"),
 }
-"""How a key of a low-rank pair ends: the naming it belongs to, and the role of its tensor."""
+"""How a key of a low-rank pair, or of its DoRA magnitudes, ends: the naming it belongs to, and its tensor's role."""
 
 OLD_PROCESSOR_SUFFIXES: dict[str, str] = {
     ".processor.to_q_lora": ".to_q.lora",
@@ -84,9 +101,6 @@ OLD_PROCESSOR_SUFFIXES: dict[str, str] = {
 """Names that diffusers wrote before 0.20, and what they are called since."""
 
 OTHER_KINDS: dict[str, str] = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_magnitude_vector.weight": "DoRA",
     ".lora_mid.weight": "CP-decomposed LoCon",
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
@@ -106,10 +120,15 @@ WRITTEN_SUFFIXES: dict[str, tuple[str, str]] = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "peft": (".lora_A.weight", ".lora_B.weight"),
 }
+MAGNITUDE_SUFFIXES: dict[str, str] = {
+    "kohya": ".dora_scale",
+    "diffusers": ".lora_magnitude_vector",
+    "peft": ".lora_magnitude_vector",
+}
 
 
 class Role(NamedTuple):
-    """What one key of a file is: the canonical path of its module, its role (`down`, `up`, `alpha`), the naming."""
+    """What one key of a file is: its canonical path, its role (`down`, `up`, `alpha`, `magnitude`), the naming."""
 
     path: str
     role: str
@@ -164,17 +183,26 @@ def split_words(name: str, words: frozenset[str]) -> str | None:
 def is_known(path: str, family: str = DEFAULT_FAMILY) -> bool:
     """Whether the grammar of the family can name the canonical path."""
     part, _, name = path.partition(".")
-    words = GRAMMARS[family].words.get(part)
-    return words is not None and bool(name) and all(w in words or _is_index(w) for w in name.split("."))
+    grammar = GRAMMARS[family]
+    words = grammar.words.get(part)
+    if words is None or not name or not all(w in words or _is_index(w) for w in name.split(".")):
+        return False
+    return part != "unet" or not grammar.original_unet or original.original_name(name) is not None
 
 
 def kohya_name(path: str, family: str = DEFAULT_FAMILY) -> str:
     """kohya's name of a module: `lora_unet_…_to_q` for `unet.….to_q`.
 
-    Raises: KeyError where the family has no such part.
+    Raises: KeyError where the family has no such part or module.
     """
     part, _, name = path.partition(".")
-    return GRAMMARS[family].prefixes[part] + name.replace(".", "_")
+    grammar = GRAMMARS[family]
+    if part == "unet" and grammar.original_unet:
+        first = original.original_name(name)
+        if first is None:
+            raise KeyError(path)
+        name = first
+    return grammar.prefixes[part] + name.replace(".", "_")
 
 
 def path_of_kohya(name: str, family: str = DEFAULT_FAMILY) -> str | None:
@@ -183,7 +211,12 @@ def path_of_kohya(name: str, family: str = DEFAULT_FAMILY) -> str | None:
     for part, prefix in grammar.prefixes.items():
         if name.startswith(prefix):
             dotted = split_words(name.removeprefix(prefix), grammar.words[part])
-            return None if dotted is None else canonical_path(part, dotted)
+            if dotted is None:
+                return None
+            if part == "unet" and grammar.original_unet:  # some tools give SDXL's blocks diffusers' names
+                dotted = original.diffusers_name(dotted) or dotted
+            path = canonical_path(part, dotted)
+            return path if is_known(path, family) else None
     return None
 
 
@@ -219,6 +252,20 @@ def read_key(key: str, family: str = DEFAULT_FAMILY) -> Role | None:
     return None
 
 
+def uses_sdxl_names(keys: Iterable[str]) -> bool:
+    """Whether a key is one that only a file for SDXL has."""
+    return any(key.removeprefix(PEFT_PREFIX).startswith(SDXL_PREFIXES) for key in keys)
+
+
+def foreign_family(keys: Iterable[str]) -> str:
+    """The family without a grammar that a file's keys tell of, such as `flux`; empty where they tell of none."""
+    for key in keys:
+        for start, family in FOREIGN_PREFIXES.items():
+            if key.removeprefix(PEFT_PREFIX).startswith(start):
+                return family
+    return ""
+
+
 def other_kind(key: str) -> str | None:
     """The kind of adapter that a key belongs to where it is one that is not read, such as `LoHa`."""
     for mark, kind in OTHER_KINDS.items():
@@ -227,15 +274,21 @@ def other_kind(key: str) -> str | None:
     return None
 
 
-def write_keys(path: str, format: str, family: str = DEFAULT_FAMILY, single: bool = False) -> tuple[str, str]:
-    """The keys of a module's down and up factors; where the file holds a `single` part, PEFT leaves its name out."""
-    down, up = WRITTEN_SUFFIXES[format]
+def write_name(path: str, format: str, family: str = DEFAULT_FAMILY, single: bool = False) -> str:
+    """A module's name in a file; where the file holds a `single` part, PEFT leaves the part's name out."""
     if format == "kohya":
-        name = kohya_name(path, family)
-    elif format == "peft":
-        name = PEFT_PREFIX + (path.partition(".")[2] if single else path)
-    else:
-        name = path
+        return kohya_name(path, family)
+    if format == "peft":
+        # Without its part's name, what is in a second text encoder would be read as the first's.
+        bare = single and not path.startswith("text_encoder_2.")
+        return PEFT_PREFIX + (path.partition(".")[2] if bare else path)
+    return path
+
+
+def write_keys(path: str, format: str, family: str = DEFAULT_FAMILY, single: bool = False) -> tuple[str, str]:
+    """The keys of a module's down and up factors."""
+    down, up = WRITTEN_SUFFIXES[format]
+    name = write_name(path, format, family, single)
     return name + down, name + up
 
 

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .delta import LowRank
+from .delta import Dora, pair_of
 from .file import file_sha256, read_adapter
 from .header import printable, read_header
 
 AUTOV3_DIGITS = 12
+_KINDS = {"LowRank": "lora", "Dora": "dora"}
+_SCALES = (".alpha", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+"""How the keys end of what is no factor; it may have a dtype of its own."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -25,25 +28,30 @@ def summarize(path: Path) -> dict[str, Any]:
     adapter = read_adapter(path, warn=warnings.append)
     entries, metadata = read_header(path)
     sha256 = file_sha256(path)
-    dtypes = Counter(e.dtype for key, e in entries.items() if e.dtype in _FLOATS and not key.endswith(".alpha"))
+    dtypes = Counter(e.dtype for key, e in entries.items() if e.dtype in _FLOATS and not key.endswith(_SCALES))
     if len(dtypes) > 1:
         warnings.append(f"its factors have {len(dtypes)} dtypes: {', '.join(sorted(dtypes))}")
-    pairs = [delta for delta in adapter.deltas.values() if isinstance(delta, LowRank)]
+    pairs = [pair for delta in adapter.deltas.values() if (pair := pair_of(delta)) is not None]
+    doras = [delta for delta in adapter.deltas.values() if isinstance(delta, Dora)]
+    if doras:
+        warnings.append("energy is that of the low-rank factors: what DoRA's magnitudes add depends on the base")
     energy: dict[str, float] = {}
     for name, delta in adapter.deltas.items():
         block = block_of(name)
-        energy[block] = energy.get(block, 0.0) + float(delta.weight().double().square().sum())
+        weight = (pair_of(delta) or delta).weight()
+        energy[block] = energy.get(block, 0.0) + float(weight.double().square().sum())
     parts = Counter(name.partition(".")[0] for name in adapter.deltas)
     return {
         "file": str(path),
         "format": naming_of(entries),
         "family": adapter.card.family or None,
-        "kinds": sorted({"lora" if isinstance(d, LowRank) else type(d).__name__ for d in adapter.deltas.values()}),
+        "kinds": sorted({_KINDS.get(type(d).__name__, type(d).__name__) for d in adapter.deltas.values()}),
         "modules": {part: parts.get(part, 0) for part in ("unet", "text_encoder", "text_encoder_2")},
         "ranks": count_values(pair.rank for pair in pairs),
         "alphas": count_values(pair.alpha for pair in pairs),
         "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
-        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in pairs),
+        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+        + sum(dora.magnitude.numel() for dora in doras),
         "bytes": path.stat().st_size,
         "trigger": adapter.card.trigger or None,
         "base": adapter.card.base or None,

@@ -11,6 +11,8 @@ from ..errors import BaseModelError
 
 LATENT_FACTOR = 8
 """Pixels along one side of a latent cell."""
+CHUNK_TOKENS = 75
+"""Tokens of a prompt that a CLIP text encoder reads at once, between its start and its end."""
 _FEW_FILES = ("model_index.json", "unet/config.json", "tokenizer/*")
 
 
@@ -21,26 +23,33 @@ class BaseFacts:
     source: Path
     resolution_px: int
 
-    def count_tokens(self, captions: list[str]) -> tuple[list[int], int]:
-        """Each caption's length in tokens, start and end counted, and how many the base reads.
+    def count_tokens(self, captions: list[str], chunks: int = 1) -> tuple[list[int], int]:
+        """Each caption's length in tokens, start and end counted, and how many the base reads in that many chunks.
 
         Raises: BaseModelError where the tokenizer cannot be read.
         """
         from transformers import CLIPTokenizer
 
+        from .architecture import make_clip_tokenizer
+
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(self.source / "tokenizer", local_files_only=True)
+            if self.source.is_file():
+                tokenizer = make_clip_tokenizer()
+            else:
+                tokenizer = CLIPTokenizer.from_pretrained(self.source / "tokenizer", local_files_only=True)
             ids = tokenizer(captions, padding=False, truncation=False, verbose=False).input_ids if captions else []
         except Exception as error:
             reason = " ".join(str(error).split())[:120]
             raise BaseModelError(f"{self.source}: its tokenizer cannot be read: {reason}; give a whole base") from None
-        return [len(row) for row in ids], min(int(tokenizer.model_max_length), 77)
+        return [len(row) for row in ids], chunks * CHUNK_TOKENS + 2
 
 
-def read_base_facts(name: str) -> BaseFacts:
-    """Looks a base up by name; of a hub id, only its small files are downloaded.
+def read_base_facts(name: str, prediction: str = "auto") -> BaseFacts:
+    """Looks a base up by name; of a hub id, only its small files are downloaded, of a single file its header is read.
 
-    Raises: BaseModelError where there is no such base, or a part of it is missing.
+    `prediction` is what the flag says: `auto`, `epsilon` or `v`.
+
+    Raises: BaseModelError where there is no such base, a part of it is missing, or it does not say what it predicts.
     """
     from .folder import check_folder
     from .source import resolve_source
@@ -48,6 +57,8 @@ def read_base_facts(name: str) -> BaseFacts:
     path = Path(name).expanduser()
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         source = resolve_source(name)[0]
+        if source.is_file():
+            return _read_file_facts(source, prediction)
         check_folder(source)
     else:
         source = _fetch_few(name)
@@ -56,6 +67,15 @@ def read_base_facts(name: str) -> BaseFacts:
     except (OSError, ValueError, KeyError, TypeError):
         raise BaseModelError(f"{source}: its unet/config.json has no usable sample_size; give a whole base") from None
     return BaseFacts(source, side * LATENT_FACTOR)
+
+
+def _read_file_facts(path: Path, prediction: str) -> BaseFacts:
+    from .checkpoint_kind import identify_checkpoint
+    from .single_file import read_configs
+
+    checkpoint = identify_checkpoint(path)
+    kind, _ = checkpoint.settle(None if prediction == "auto" else prediction)
+    return BaseFacts(path, int(read_configs(checkpoint, kind)["unet"]["sample_size"]) * LATENT_FACTOR)
 
 
 def _fetch_few(name: str) -> Path:

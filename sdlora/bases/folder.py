@@ -17,9 +17,21 @@ from torch import nn
 
 from ..errors import BaseModelError
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 """The weights file of each part, without `.safetensors` or `.fp16.safetensors`."""
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PIPELINES = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionImg2ImgPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+    "StableDiffusionXLImg2ImgPipeline": ("text_encoder", "text_encoder_2"),
+}
+"""The text encoders of each kind of folder."""
+SD2_TEXT_WIDTH = 1024
 SAMPLED_BLOCKS = 16
 SAMPLED_BLOCK_BYTES = 4096
 
@@ -40,23 +52,51 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_folder(source: Path) -> dict[str, Path]:
-    """Checks a diffusers folder without loading it, and gives each part's weights file.
+def read_text_parts(source: Path) -> tuple[str, ...]:
+    """The text encoders that a diffusers folder's kind has, from its model_index.json.
 
-    Raises: BaseModelError where something is missing, damaged or not a Stable Diffusion 1.x or 2.x.
+    Raises: BaseModelError where the folder holds no Stable Diffusion 1.x, 2.x or XL.
     """
     if not (source / "model_index.json").is_file():
         raise BaseModelError(f"{source}: no model_index.json there; a base is a diffusers folder (unet/, vae/, …)")
-    kind = str(read_json(source / "model_index.json").get("_class_name", ""))
+    index = read_json(source / "model_index.json")
+    kind = str(index.get("_class_name", ""))
     if "Inpaint" in kind:
         raise BaseModelError(f"{source}: this is an inpainting model ({kind}); use the plain Stable Diffusion")
     if kind not in PIPELINES:
-        raise BaseModelError(f"{source}: {kind or 'its kind'} is not supported; use a Stable Diffusion 1.x or 2.x")
-    for name in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
-        read_json(source / name)
-    if not (source / "tokenizer" / "vocab.json").is_file() and not (source / "tokenizer" / "tokenizer.json").is_file():
-        raise BaseModelError(f"{source / 'tokenizer'}: vocab.json and merges.txt are missing; the base is incomplete")
-    weights = {part: _find_weights(source / part, stem) for part, stem in WEIGHTS.items()}
+        known = "a Stable Diffusion 1.x, 2.x or XL"
+        raise BaseModelError(f"{source}: {kind or 'its kind'} is not supported; use {known}")
+    parts = PIPELINES[kind]
+    if len(parts) == 2 and not any(index.get("text_encoder") or (None,)):
+        raise BaseModelError(f"{source}: this is an SDXL refiner (it has no first text encoder); use the SDXL base")
+    return parts
+
+
+def name_family(source: Path) -> str:
+    """The family of a diffusers folder: `sd1`, `sd2` or `sdxl`.
+
+    Raises: BaseModelError as `read_text_parts`, or where the UNet's config cannot be read.
+    """
+    if len(read_text_parts(source)) == 2:
+        return "sdxl"
+    unet = read_json(source / "unet" / "config.json")
+    return "sd2" if unet.get("use_linear_projection") or unet.get("cross_attention_dim") == SD2_TEXT_WIDTH else "sd1"
+
+
+def check_folder(source: Path) -> dict[str, Path]:
+    """Checks a diffusers folder without loading it, and gives each part's weights file.
+
+    Raises: BaseModelError where something is missing, damaged or not a Stable Diffusion 1.x, 2.x or XL.
+    """
+    text_parts = read_text_parts(source)
+    for part in ("unet", "vae", *text_parts):
+        read_json(source / part / "config.json")
+    read_json(source / "scheduler" / "scheduler_config.json")
+    for part in text_parts:
+        folder = source / part.replace("text_encoder", "tokenizer")
+        if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+            raise BaseModelError(f"{folder}: vocab.json and merges.txt are missing; the base is incomplete")
+    weights = {part: _find_weights(source / part, WEIGHTS[part]) for part in ("unet", "vae", *text_parts)}
     for path in weights.values():
         read_header(path)
     return weights

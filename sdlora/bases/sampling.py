@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .family import Base
 from .folder import quiet
+from .prompts import encode_prompts
+from .text import Text
 
 Progress = Callable[[int, int], None]
 """Called after every solver step with the steps done and all steps."""
@@ -61,40 +63,54 @@ def sample(
     height_px: int | None = None,
     batch_size: int = BATCH_PICTURES,
     sampler: str = "dpm++",
+    clip_skip: int = 0,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt and its seed; what a picture shows depends on these two only, not on its batch.
 
-    `guidance` 1 is no guidance; the size is the base's own where None.
+    Prompts may be of any length and may hold emphasis (`emphasis.parse_emphasis`). `guidance` 1 is no guidance; the
+    size is the base's own where None; `clip_skip` leaves out that many last layers of the text encoders.
 
     Raises: ConfigError where a value is out of range.
     """
     if not prompts:
         return []
-    unique = sorted({negative, *prompts})
-    with torch.no_grad():
-        states = base.encode_text(base.tokenize(unique)[0])  # [U, 77, D]
-    row = {prompt: i for i, prompt in enumerate(unique)}
-    return sample_encoded(
-        base,
-        states[[row[p] for p in prompts]],
-        states[row[negative]],
-        seeds=seeds,
-        steps=steps,
-        guidance=guidance,
-        width_px=width_px,
-        height_px=height_px,
-        batch_size=batch_size,
-        sampler=sampler,
-        progress=progress,
-    )
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed a prompt")
+    wordings = encode_prompts(base, prompts, negative, clip_skip)
+    size = max(1, batch_size)
+    total = steps * sum(-(-len(wording.rows) // size) for wording in wordings)
+    found: dict[int, Image.Image] = {}
+    done = 0
+    for wording in wordings:
+
+        def report(now: int, _: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + now, total)
+
+        pictures = sample_encoded(
+            base,
+            wording.text,
+            wording.negative,
+            seeds=[seeds[row] for row in wording.rows],
+            steps=steps,
+            guidance=guidance,
+            width_px=width_px,
+            height_px=height_px,
+            batch_size=size,
+            sampler=sampler,
+            progress=report,
+        )
+        found |= dict(zip(wording.rows, pictures, strict=True))
+        done += steps * -(-len(wording.rows) // size)
+    return [found[row] for row in range(len(prompts))]
 
 
 @torch.no_grad()
 def sample_encoded(
     base: Base,
-    text: Tensor,
-    negative_text: Tensor,
+    text: Text,
+    negative_text: Text,
     *,
     seeds: list[int],
     steps: int = 20,
@@ -105,7 +121,7 @@ def sample_encoded(
     sampler: str = "dpm++",
     progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """`sample` for encoded prompts, text [B, 77, D] and negative_text [77, D]: needs no text encoder.
+    """`sample` for encoded prompts, text [B, N, D] and negative_text [1, N, D]: needs no text encoder.
 
     Raises: ConfigError where a value is out of range.
     """
@@ -136,8 +152,8 @@ def sample_encoded(
 def solve(
     base: Base,
     noise: Tensor,
-    text: Tensor,
-    negative_text: Tensor,
+    text: Text,
+    negative_text: Text,
     scheduler: Any,
     steps: int,
     guidance: float,
@@ -152,7 +168,7 @@ def solve(
     text = text.to(base.device)
     guided = guidance != 1
     if guided:
-        text = torch.cat([negative_text.to(text).expand_as(text), text])  # [2B, 77, D]
+        text = Text.cat([negative_text.to(base.device, text.states.dtype).expand(len(text)), text])  # [2B, N, D]
     x_t = noise.to(base.device) * scheduler.init_noise_sigma
     for done, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x_t, t)

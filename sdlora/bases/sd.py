@@ -10,20 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseModelError
+from .emphasis import weigh
 from .family import Base
 from .folder import check_folder, fingerprint_files, load_part, quiet, read_json
+from .schedule import choose_schedule, cumulate_alphas
 from .source import resolve_source
+from .text import Text
 
 __all__ = ["StableDiffusion", "mini", "resolve_source", "sd1", "sd2"]
 
-SD2_TEXT_WIDTH = 1024
+ROW_TOKENS = 77
 
 
-@dataclass
+@dataclass(frozen=True)
 class StableDiffusion:
-    """The family of bases with one CLIP text encoder; `name` is `mini`, `sd1` or `sd2`."""
+    """A family of bases with CLIP text encoders, a UNet and a VAE; the fields are what the families differ in."""
 
     name: str
+    text_parts: tuple[str, ...] = ("text_encoder",)
+    """The text encoders, in the order in which their states are joined."""
+    spare_layers: int = 0
+    """Last layers of a text encoder that the family itself leaves out."""
+    upcast_vae: bool = False
+    """Whether the VAE runs in float32 where float16 would overflow, as its config says."""
+    zero_blank: bool = False
+    """Whether the base learnt zeros as its empty prompt."""
 
     def load(self, source: Path, name: str, device: torch.device, dtype: torch.dtype) -> Base:
         """Loads a diffusers folder: every part frozen, in eval mode, on the device and in the dtype.
@@ -31,77 +42,103 @@ class StableDiffusion:
         Raises: BaseModelError where a part is missing, damaged, or of a kind that is not supported.
         """
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         weights = check_folder(source)
         scheduler_config = read_json(source / "scheduler" / "scheduler_config.json")
         _check_prediction(source, scheduler_config)
+        kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        kinds |= dict(zip(self.text_parts, (CLIPTextModel, CLIPTextModelWithProjection), strict=False))
+        upcast = self._upcasts(read_json(source / "vae" / "config.json"), dtype)
         with quiet():
-            kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-            modules = {part: load_part(cls, source / part, weights[part], dtype) for part, cls in kinds.items()}
+            modules = {
+                part: load_part(cls, source / part, weights[part], torch.float32 if part == "vae" and upcast else dtype)
+                for part, cls in kinds.items()
+            }
             try:
-                tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+                folders = [source / part.replace("text_encoder", "tokenizer") for part in self.text_parts]
+                tokenizers = tuple(CLIPTokenizer.from_pretrained(f, local_files_only=True) for f in folders)
                 scheduler = DDPMScheduler.from_config(scheduler_config)
             except Exception as e:
                 reason = str(e).strip().split("\n")[0]
                 raise BaseModelError(f"{source}: the tokenizer or the scheduler cannot be read: {reason}") from e
-        _check_unet(source, modules["unet"])
-        return self.assemble(
-            name, modules, tokenizer, scheduler.config, device, dtype, source, fingerprint_files(source, weights)
-        )
+        fingerprint = fingerprint_files(source, weights)
+        base = self.assemble(name, modules, tokenizers, scheduler.config, device, dtype, source, fingerprint)
+        zeros = read_json(source / "model_index.json").get("force_zeros_for_empty_prompt", self.zero_blank)
+        base.zero_blank = self.zero_blank and bool(zeros)
+        return base
 
     def assemble(
         self,
         name: str,
         modules: dict[str, nn.Module],
-        tokenizer: Any,
+        tokenizers: tuple[Any, ...],
         scheduler_config: Any,
         device: torch.device,
         dtype: torch.dtype,
         source: Path = Path(),
         fingerprint: str = "",
     ) -> Base:
-        """A Base of parts that exist already: moved, frozen and set up for the device."""
-        from diffusers import DDPMScheduler
+        """A Base of parts that exist already: moved, frozen and set up for the device.
 
+        Raises: BaseModelError where a part is missing or does not fit the family, or the noise schedule is impossible.
+        """
         from .attention import PlainAttnProcessor
         from .norm import use_fast_group_norm
 
+        self._check_parts(source if source.name else Path(name), modules, tokenizers)
         unet: Any = modules["unet"]
+        vae_config: Any = modules["vae"].config
+        upcast = self._upcasts(dict(vae_config), dtype)
         for part, module in modules.items():
             # nn.Module's own `to`: diffusers' override warns about an empty list of parts to keep in float32
-            nn.Module.to(module, device=device, dtype=dtype)
-            if part != "text_encoder" and device.type in ("cpu", "cuda"):
+            nn.Module.to(module, device=device, dtype=torch.float32 if part == "vae" and upcast else dtype)
+            if part not in self.text_parts and device.type in ("cpu", "cuda"):
                 nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
             module.eval().requires_grad_(False)
-        family = self
-        if self.name == "sd1" and unet.config.cross_attention_dim == SD2_TEXT_WIDTH:
-            family = sd2
         if device.type == "cpu":
             use_fast_group_norm(unet)
-            if family.name == "mini":
+            if self.name == "mini":
                 unet.set_attn_processor(PlainAttnProcessor())
-        positions = int(modules["text_encoder"].config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         config = {k: v for k, v in dict(scheduler_config).items() if not k.startswith("_")}
-        betas = DDPMScheduler.from_config(config).betas
-        alphas_cumprod = torch.cumprod(1 - betas.double(), 0)  # [T]
-        return Base(name, family, source, modules, tokenizer, config, alphas_cumprod, device, dtype, fingerprint)
+        config = choose_schedule(config, None, None, name)
+        alphas_cumprod = cumulate_alphas(config)  # [T]
+        base = Base(name, self, source, modules, tokenizers, config, alphas_cumprod, device, dtype, fingerprint)
+        base.zero_blank = self.zero_blank
+        return base
 
-    def tokenize(self, base: Base, prompts: list[str]) -> tuple[Tensor, list[int]]:
-        whole = base.tokenizer(prompts, padding=False, truncation=False, verbose=False).input_ids
-        padded = base.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=base.tokenizer.model_max_length
-        ).input_ids
-        return torch.tensor(padded, dtype=torch.int64), [len(ids) for ids in whole]
+    def encode_text(self, base: Base, ids: Tensor, clip_skip: int = 0, weights: Tensor | None = None) -> Text:
+        b, _, c, n = ids.shape
+        states: list[Tensor] = []
+        pooled: Tensor | None = None
+        for i, part in enumerate(self.text_parts):
+            rows = ids[:, i].reshape(b * c, n).to(base.device)
+            y, own_pooled = self.read_layer(base.modules[part], rows, clip_skip)
+            y = y.view(b, c, n, -1)
+            if weights is not None:
+                y = weigh(y, weights[:, i].to(base.device))
+            states.append(y.reshape(b, c * n, -1))  # [B, 77·C, D]
+            if own_pooled is not None:
+                pooled = own_pooled.view(b, c, -1)[:, 0]  # [B, P]
+        return Text(states[0] if len(states) == 1 else torch.cat(states, -1), pooled)
 
-    def encode_text(self, base: Base, ids: Tensor) -> Tensor:
-        return base.modules["text_encoder"](ids.to(base.device))[0]  # type: ignore[no-any-return]
+    def read_layer(self, encoder: nn.Module, ids: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
+        """States [B, 77, D] of a layer of one text encoder, the last or `clip_skip` before it, with the final norm."""
+        if not clip_skip:
+            return encoder(ids)[0], None
+        states = encoder(ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+        norm: Any = getattr(encoder, "text_model", encoder)
+        return norm.final_layer_norm(states), None
+
+    def most_clip_skip(self, base: Base) -> int:
+        """The largest clip skip that leaves every text encoder a layer."""
+        layers = [int(base.modules[part].config.num_hidden_layers) for part in self.text_parts]  # type: ignore[union-attr, arg-type]
+        return min(layers) - 1 - self.spare_layers
 
     @torch.no_grad()
     def encode_pictures(self, base: Base, x: Tensor) -> tuple[Tensor, Tensor]:
         vae: Any = base.modules["vae"]
-        posterior = vae.encode(x.to(base.device, base.dtype)).latent_dist
+        posterior = vae.encode(x.to(base.device, vae.dtype)).latent_dist
         scaling = float(vae.config.scaling_factor)
         return posterior.mean.float() * scaling, posterior.std.float() * scaling
 
@@ -109,17 +146,59 @@ class StableDiffusion:
     def decode_latents(self, base: Base, z: Tensor) -> Tensor:
         vae: Any = base.modules["vae"]
         z = z.to(base.device) / float(vae.config.scaling_factor)
-        return vae.decode(z.to(base.dtype)).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
+        return vae.decode(z.to(vae.dtype)).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
-    def predict(self, base: Base, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        y = base.unet(x_t.to(base.dtype), t, encoder_hidden_states=text.to(base.dtype), return_dict=False)[0]
+    def predict(self, base: Base, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
+        y = base.unet(
+            x_t.to(base.dtype),
+            t,
+            encoder_hidden_states=text.states.to(base.dtype),
+            added_cond_kwargs=self.conditions(base, x_t, text, sizes),
+            return_dict=False,
+        )[0]
         return y.to(x_t.dtype)  # type: ignore[no-any-return]
+
+    def conditions(self, base: Base, x_t: Tensor, text: Text, sizes: Tensor | None) -> dict[str, Tensor] | None:
+        """What the UNet is told beside the time and the text's states; nothing in these families."""
+        return None
 
     def default_targets(self, text_encoder: bool) -> dict[str, tuple[str, ...]]:
         targets: dict[str, tuple[str, ...]] = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
         if text_encoder:
-            targets["text_encoder"] = ("q_proj", "k_proj", "v_proj", "out_proj")
+            targets |= dict.fromkeys(self.text_parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
         return targets
+
+    def _upcasts(self, vae_config: dict[str, Any], dtype: torch.dtype) -> bool:
+        return self.upcast_vae and dtype == torch.float16 and bool(vae_config.get("force_upcast", True))
+
+    def _check_parts(self, source: Path, modules: dict[str, nn.Module], tokenizers: tuple[Any, ...]) -> None:
+        for part in ("unet", "vae", *self.text_parts):
+            if part not in modules:
+                raise BaseModelError(f"{source}: has no {part}, which every {self.name} base has; give a whole base")
+        if len(tokenizers) != len(self.text_parts):
+            there, wanted = len(tokenizers), len(self.text_parts)
+            raise BaseModelError(f"{source}: has {there} tokenizers for {wanted} text encoders; give a whole base")
+        for part in self.text_parts:
+            positions = int(modules[part].config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+            if positions != ROW_TOKENS:
+                raise BaseModelError(
+                    f"{source}: its {part} reads {positions} tokens where a CLIP reads {ROW_TOKENS}; give another base"
+                )
+        self.check_unet(source, modules)
+
+    def check_unet(self, source: Path, modules: dict[str, Any]) -> None:
+        """Raises: BaseModelError where the UNet is of another kind, or reads other text than the encoders give."""
+        unet = modules["unet"].config
+        if unet.in_channels == 9:
+            raise BaseModelError(f"{source}: an inpainting model (its UNet has 9 input channels); use the plain one")
+        if unet.in_channels != 4:
+            raise BaseModelError(f"{source}: its UNet has {unet.in_channels} input channels; a {self.name} has 4")
+        width = sum(int(modules[part].config.hidden_size) for part in self.text_parts)
+        if unet.cross_attention_dim != width:
+            raise BaseModelError(
+                f"{source}: its UNet reads text {unet.cross_attention_dim} wide and its text encoders give {width}; "
+                "use parts that belong together"
+            )
 
 
 mini = StableDiffusion("mini")
@@ -131,11 +210,6 @@ def _check_prediction(source: Path, scheduler_config: dict[str, Any]) -> None:
     kind = scheduler_config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise BaseModelError(f"{source}: prediction type {kind!r} is not known; use an epsilon or v_prediction base")
-
-
-def _check_unet(source: Path, unet: Any) -> None:
-    channels = int(unet.config.in_channels)
-    if channels == 9:
-        raise BaseModelError(f"{source}: an inpainting model (its UNet has 9 input channels); use the plain one")
-    if channels != 4:
-        raise BaseModelError(f"{source}: its UNet has {channels} input channels; a Stable Diffusion 1.x or 2.x has 4")
+    scheduler = str(scheduler_config.get("_class_name", ""))
+    if scheduler.startswith("EDM") or "Flow" in scheduler:
+        raise BaseModelError(f"{source}: its noise schedule is {scheduler}, which is not supported; use another base")

@@ -1,4 +1,4 @@
-"""Where a base comes from: its name on the command line to a folder on disk."""
+"""Where a base comes from: its name on the command line to a folder or a file on disk."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ _SMALL_FILES = (
     "vae/config.json",
     "text_encoder/config.json",
 )
+_XL_FILE = "text_encoder_2/config.json"
 
 
 def resolve_source(name: str) -> tuple[Path, str, Family | None]:
-    """The folder of a base, the public name for files, and its family where the name alone decides it.
+    """The folder or file of a base, the public name for files, and its family where the name alone decides it.
 
-    `name` is `mini`, a diffusers folder, or a hub id `owner/name` (downloaded once, then read from the cache).
+    `name` is `mini`, a diffusers folder, a single-file checkpoint, or a hub id `owner/name` (downloaded once, then
+    read from the cache).
 
     Raises: BaseModelError where there is no such base, or it is of a kind that is not read.
     """
@@ -45,9 +47,9 @@ def resolve_source(name: str) -> tuple[Path, str, Family | None]:
     if path.suffix.lower() == ".safetensors":
         if not path.is_file():
             raise BaseModelError(f"{name}: there is no such file")
-        raise BaseModelError(f"{name}: single-file checkpoints are not supported yet; give a diffusers folder")
+        return path, path.stem, None
     if path.exists():
-        raise BaseModelError(f"{name}: not a base; give mini, a diffusers folder or a hub id owner/name")
+        raise BaseModelError(f"{name}: not a base; give mini, a diffusers folder, a .safetensors file or a hub id")
     if not _HUB_ID.fullmatch(name):
         raise BaseModelError(f"{name}: there is no such folder; give mini, a diffusers folder or a hub id owner/name")
     return _find_on_hub(name), name, None
@@ -78,9 +80,14 @@ def _find_on_hub(name: str) -> Path:
 
 def choose_files(there: list[str]) -> tuple[list[str], list[str]]:
     """The files of a hub repository that a base needs, and what of it is missing (pickles never count)."""
-    wanted = [f for f in there if f in _SMALL_FILES or (f.startswith("tokenizer/") and f.endswith((".json", ".txt")))]
-    missing = [f for f in _SMALL_FILES if f not in there]
+    two = _XL_FILE in there
+    small = (*_SMALL_FILES, _XL_FILE) if two else _SMALL_FILES
+    tokenizers = ("tokenizer/", "tokenizer_2/") if two else ("tokenizer/",)
+    wanted = [f for f in there if f in small or (f.startswith(tokenizers) and f.endswith((".json", ".txt")))]
+    missing = [f for f in small if f not in there]
     for part, stem in WEIGHTS.items():
+        if part == "text_encoder_2" and not two:
+            continue
         kinds = [f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors"]
         found = [f for f in kinds if f in there]
         wanted += found[:1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import keys
-from ..adapter.delta import Adapter, Delta
+from ..adapter.delta import Adapter, Delta, Dora, shape_of, weight_on
 from ..bases.family import Base
 from ..errors import AdapterFileError, ConfigError
 
@@ -73,14 +73,19 @@ class Plan:
         """The module paths on which something acts, sorted."""
         return sorted({path for m in self.members for path in m.adapter.deltas if m.weight_of(path) != 0})
 
-    def delta(self, path: str, device: torch.device | None = None) -> Tensor:
-        """ΔW of one module, float32; the sum is taken in float64 and rounded once."""
+    def delta(self, path: str, device: torch.device | None = None, base: Tensor | None = None) -> Tensor:
+        """ΔW of one module, float32; the sum is taken in float64 and rounded once.
+
+        `base` is the module's weight in float32, which a DoRA needs: its part is weight · (DoRA(W) - W).
+        Raises: AdapterFileError where a DoRA acts and no `base` is given.
+        """
         total: Tensor | None = None
         for member in self.members:
             weight = member.weight_of(path)
             if weight == 0 or path not in member.adapter.deltas:
                 continue
-            term = _move(member.adapter.deltas[path], device).weight().double() * weight
+            delta = _move(member.adapter.deltas[path], device)
+            term = (delta.weight() if base is None else weight_on(delta, base)).double() * weight
             total = term if total is None else total.add_(term)
         if total is None:
             raise KeyError(path)
@@ -98,30 +103,44 @@ class Plan:
 
         Raises: AdapterFileError where an adapter does not fit, or its sum with the base is not finite.
         """
-        self.check(base)
         pristine: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            with torch.no_grad():
-                for path in self.paths:
-                    module = find_module(base, path)
-                    if module is None:
-                        continue
-                    delta = self.delta(path, base.device)
-                    if not delta.any():
-                        continue
-                    weight: Any = module.weight
-                    merged = (weight.float() + delta.view_as(weight)).to(weight.dtype)
-                    if not merged.isfinite().all():
-                        dtype = str(weight.dtype).removeprefix("torch.")
-                        raise AdapterFileError(
-                            f"{path}: base and LoRAs add up to no finite {dtype} weight; lower the weights"
-                        )
-                    pristine.append((weight, weight.data))
-                    weight.data = merged
+            for weight, merged in self._merge(base):
+                pristine.append((weight, weight.data))
+                weight.data = merged
             yield base
         finally:
             for weight, data in pristine:
                 weight.data = data
+
+    def merge_into(self, base: Base) -> None:
+        """Makes the base's weights W + ΔW for good, as `applied` does for a while; keeps no pristine weight.
+
+        Raises: as `applied`; the base is then of no more use.
+        """
+        for weight, merged in self._merge(base):
+            weight.data = merged
+
+    def _merge(self, base: Base) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight on which something acts, and what it becomes."""
+        self.check(base)
+        with torch.no_grad():
+            for path in self.paths:
+                module = find_module(base, path)
+                if module is None:
+                    continue
+                weight: Any = module.weight
+                pristine = weight.float()
+                delta = self.delta(path, base.device, pristine)
+                if not delta.any():
+                    continue
+                merged = (pristine + delta.view_as(weight)).to(weight.dtype)
+                if not merged.isfinite().all():
+                    dtype = str(weight.dtype).removeprefix("torch.")
+                    raise AdapterFileError(
+                        f"{path}: base and LoRAs add up to no finite {dtype} weight; lower the weights"
+                    )
+                yield weight, merged
 
 
 def find_module(base: Base, path: str) -> nn.Module | None:
@@ -143,7 +162,7 @@ def _check_member(member: Member, base: Base) -> list[str]:
         if module is None:
             missing.append(path)
             continue
-        there, wanted = tuple(module.weight.shape), _shape(member.adapter.deltas[path])
+        there, wanted = tuple(module.weight.shape), shape_of(member.adapter.deltas[path])
         if there != wanted:
             raise AdapterFileError(
                 f"{name}: a LoRA for another base{made_for}: {path} is {_by(wanted)} in the file and {_by(there)} "
@@ -163,15 +182,11 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _shape(delta: Delta) -> tuple[int, ...]:
-    down, up = getattr(delta, "down", None), getattr(delta, "up", None)
-    if isinstance(down, Tensor) and isinstance(up, Tensor):  # saves the product
-        return (int(up.shape[0]), *map(int, down.shape[1:]))
-    return tuple(delta.weight().shape)
-
-
 def _tensors(delta: Delta) -> Iterator[tuple[str, Any]]:
-    if dataclasses.is_dataclass(delta):
+    if isinstance(delta, Dora):
+        yield from _tensors(delta.inner)
+        yield "magnitude", delta.magnitude
+    elif dataclasses.is_dataclass(delta):
         for field in dataclasses.fields(delta):
             yield field.name, getattr(delta, field.name)
     else:
@@ -195,5 +210,7 @@ def _digest(adapter: Adapter) -> str:
 def _move(delta: Delta, device: torch.device | None) -> Delta:
     if device is None or device.type == "cpu" or not dataclasses.is_dataclass(delta):
         return delta
+    if isinstance(delta, Dora):
+        return Dora(_move(delta.inner, device), delta.magnitude.to(device))  # type: ignore[arg-type]
     moved = {name: value.to(device) for name, value in _tensors(delta) if isinstance(value, Tensor)}
     return dataclasses.replace(delta, **moved)  # type: ignore[type-var, return-value]

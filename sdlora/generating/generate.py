@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..adapter.delta import Adapter
+from ..bases.emphasis import parse_emphasis
 from ..bases.family import Base
 from ..bases.sampling import BATCH_PICTURES, SAMPLERS, Progress, check_request, sample
 from ..combining.plan import Plan, Stacked
@@ -36,6 +37,7 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     sampler: str = "dpm++",
+    clip_skip: int = 0,
     batch_size: int = BATCH_PICTURES,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -47,8 +49,9 @@ def generate(
     Raises: ConfigError where a value is out of range; AdapterFileError where an adapter does not fit the base.
     """
     seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
+    check_prompts(base, prompt, negative, clip_skip)
     plan = Plan.of(adapters, names)
-    _tell(plan.check(base) + find_truncated(base, {"prompt": prompt, "negative prompt": negative}))
+    _tell(plan.check(base))
     with plan.applied(base):
         return sample(
             base,
@@ -61,6 +64,7 @@ def generate(
             height_px=height,
             batch_size=batch_size,
             sampler=sampler,
+            clip_skip=clip_skip,
             progress=progress,
         )
 
@@ -95,6 +99,7 @@ def generate_files(
     width: int | None = None,
     height: int | None = None,
     sampler: str = "dpm++",
+    clip_skip: int = 0,
     batch_size: int = BATCH_PICTURES,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -108,13 +113,16 @@ def generate_files(
     """
     plain, tags = parse_prompt(prompt)
     seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
+    check_prompts(base, plain, negative, clip_skip)
     named = [(find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
     used = [_read_lora(*row) for row in [*loras, *named]]
     plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used])
-    _tell(plan.check(base) + find_truncated(base, {"prompt": plain, "negative prompt": negative}))
+    _tell(plan.check(base))
     make_folder(Path(out))
     text = " ".join([plain, *(u.tag for u in used)]).strip()
     settings: dict[str, object] = {"Steps": steps, "Sampler": SAMPLERS[sampler], "CFG scale": f"{guidance:g}"}
+    if clip_skip:
+        settings["Clip skip"] = clip_skip + 1  # others count the last layer as 1
     rows: list[dict[str, Any]] = []
     with plan.applied(base):
         for one, picture, seconds in _sample_batches(
@@ -130,6 +138,7 @@ def generate_files(
                 "width_px": width,
                 "height_px": height,
                 "sampler": sampler,
+                "clip_skip": clip_skip,
             },
         ):
             own = settings | {"Seed": one, "Size": f"{picture.width}x{picture.height}"} | _hashes(base, used)
@@ -186,15 +195,11 @@ def _check(
     return seeds
 
 
-def find_truncated(base: Base, prompts: dict[str, str]) -> list[str]:
-    """A line for each named prompt that is longer than the text encoder reads."""
-    ids, lengths = base.tokenize(list(prompts.values()))
-    limit = ids.shape[1]
-    return [
-        f"{name}: {length} tokens, of which only the first {limit} are read; shorten it"
-        for name, length in zip(prompts, lengths, strict=True)
-        if length > limit
-    ]
+def check_prompts(base: Base, prompt: str, negative: str, clip_skip: int) -> None:
+    """Raises: ConfigError where an emphasis is not finite or the clip skip leaves no layer."""
+    base.check_clip_skip(clip_skip)
+    for text in (prompt, negative):
+        parse_emphasis(text)
 
 
 def _tell(lines: list[str]) -> None:

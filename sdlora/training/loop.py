@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..adapter.delta import Adapter, Card
 from ..adapter.file import read_adapter, write_adapter
-from ..adapter.layers import LoraLayers, attach
+from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base
+from ..bases.text import Text
 from ..config import UNDECISIVE, Recipe
 from ..data.cache import Encoded, encode_folder
 from ..data.folder import Example, digest, scan_folder
 from ..errors import RunError, RunInterrupted
+from .adapting import attach_layers, describe_settings, name_sources
 from .checkpoint import Checkpoint, load_newest
 from .draws import Chances, Order
 from .interrupt import watch_signals
@@ -41,8 +43,18 @@ _PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
 }
 
 
-def run_training(folder: Path, recipe: Recipe, out: Path, *, device: str = "auto", restart: bool = False) -> Path:
+def run_training(
+    folder: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    prepare: Callable[[Base], Base] = lambda base: base,
+) -> Path:
     """Loads the recipe's base, says what will happen, and trains; returns `out`.
+
+    `prepare` may change the base that was loaded, such as by merging the LoRAs that the recipe names into it.
 
     Raises: as `train_adapter`, and BaseModelError where the base cannot be loaded.
     """
@@ -50,8 +62,18 @@ def run_training(folder: Path, recipe: Recipe, out: Path, *, device: str = "auto
     examples = scan_folder(folder, recipe.trigger)
     say(describe_run(recipe, examples, out))
     # No name here keeps the base: parts that training lets go of must leave memory.
-    _train(examples, load_base(recipe.base, device=device, precision=recipe.precision), recipe, run, restart)
+    _train(examples, prepare(_load_base(recipe, device)), recipe, run, restart)
     return run.out
+
+
+def _load_base(recipe: Recipe, device: str) -> Base:
+    return load_base(
+        recipe.base,
+        device=device,
+        precision=recipe.precision,
+        prediction=recipe.prediction,
+        zero_snr=recipe.zero_terminal_snr,
+    )
 
 
 def train_adapter(folder: Path, base: Base, recipe: Recipe, out: Path, *, restart: bool = False) -> Adapter:
@@ -93,7 +115,15 @@ def _train(examples: list[Example], base: Base, recipe: Recipe, run: Run, restar
     recipe = replace(recipe, precision=_PRECISIONS[base.dtype])
     if recipe.precision == "fp16" and base.device.type == "cpu":
         raise RunError("precision fp16 needs a GPU to train; use bf16 or fp32")
-    origin = {"pictures or captions": digest(examples), "base's weights": base.fingerprint}
+    base.check_clip_skip(recipe.clip_skip)
+    layers = attach_layers(base, recipe)  # here, so that all that is wrong with it shows before minutes are spent
+    layers.detach_from_base()
+    sources = name_sources(base, recipe)
+    origin = {
+        "pictures or captions": digest(examples),
+        "base's weights": base.fingerprint,
+        "LoRA that is continued": sources.get("continued"),
+    }
     with run.locked():
         if run.start(recipe, origin, restart=restart):
             say(f"{run.out} is finished already; nothing to do")
@@ -103,22 +133,21 @@ def _train(examples: list[Example], base: Base, recipe: Recipe, run: Run, restar
             with _same_threads(checkpoint):
                 side_px = recipe.resolution or base.resolution_px
                 encoded = encode_folder(
-                    base, examples, resolution_px=side_px, flip=recipe.flip, text=not recipe.text_encoder
+                    base,
+                    examples,
+                    resolution_px=side_px,
+                    flip=recipe.flip,
+                    text=not recipe.text_encoder,
+                    chunks=recipe.max_chunks,
+                    clip_skip=recipe.clip_skip,
                 )
                 previews = Previews.of(base, recipe, run.previews, side_px)
                 _release(base, recipe)
-                targets = base.family.default_targets(recipe.text_encoder)
-                layers = attach(
-                    {part: base.modules[part] for part in targets},
-                    targets,
-                    rank=recipe.rank,
-                    alpha=recipe.scale_alpha,
-                    seed=recipe.seed,
-                )
+                layers.attach()
                 try:
-                    say(layers.describe())
+                    say("; ".join([layers.describe(), *describe_settings(recipe)]))
                     fit(base, layers, encoded, recipe, run, previews, checkpoint)
-                    adapter = layers.adapter(_card(base, recipe))
+                    adapter = layers.adapter(_card(base, recipe, sources))
                 finally:
                     layers.detach_from_base()
         except KeyboardInterrupt:
@@ -147,6 +176,8 @@ def fit(
         factors,
         learning_rate=recipe.learning_rate,
         text_encoder_learning_rate=recipe.text_encoder_rate,
+        text_encoder_2_learning_rate=recipe.text_encoder_2_rate,
+        lora_plus_ratio=recipe.lora_plus_ratio,
         weight_decay=recipe.weight_decay,
     )
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
@@ -175,11 +206,15 @@ def fit(
                 x_t = _send(add_noise(x0, draws.noise, alpha_bar), base)
                 goal = target(x0, draws.noise, alpha_bar, prediction_type).to(base.device, non_blocking=True)
                 weight = min_snr_weight(alpha_bar, recipe.min_snr_gamma, prediction_type).to(base.device)
+                layers.begin(step, micro)
                 with accelerator.accumulate():
-                    prediction = base.predict(x_t, draws.t.to(base.device), _text(base, encoded, draws.caption))
+                    text = _text(base, encoded, draws.caption, recipe.clip_skip)
+                    sizes = encoded.sizes[place].to(base.device, non_blocking=True)
+                    prediction = base.predict(x_t, draws.t.to(base.device), text, sizes)
                     loss = weighted_error(prediction, goal, weight)
                     accelerator.backward(loss)
                 losses.append(loss.detach())
+            layers.end()
             norm = accelerator.clip_grad_norm_(factors.values(), recipe.max_grad_norm)
             # The step's only read from the device; it comes before the update, so a bad one is never made.
             loss_value, norm_value = torch.stack((torch.stack(losses).mean(), norm)).tolist()
@@ -188,8 +223,10 @@ def fit(
                 raise RunError(_not_finite(step + 1, loss_value, recipe))
             stepper.step()
             stepper.zero_grad()
+            limited = {"limited": layers.limit_norms(recipe.max_norm)} if recipe.max_norm else {}
             seconds = round(time.perf_counter() - start_s, 4)
-            metrics.add({"step": step + 1, "loss": loss_value, "lr": rate, "grad_norm": norm_value, "seconds": seconds})
+            row = {"step": step + 1, "loss": loss_value, "lr": rate, "grad_norm": norm_value, "seconds": seconds}
+            metrics.add(row | limited)
             progress.advance(loss_value)
             if previews.due(step + 1, recipe.steps):
                 previews.draw(base, step + 1)
@@ -240,7 +277,7 @@ def _release(base: Base, recipe: Recipe) -> None:
     if not recipe.preview:
         base.release("vae")
     if not recipe.text_encoder:
-        base.release("text_encoder")
+        base.release_text_encoders()
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -250,16 +287,20 @@ def _send(x: Tensor, base: Base) -> Tensor:
     return x.to(base.device, base.dtype, non_blocking=True, memory_format=torch.channels_last)
 
 
-def _text(base: Base, encoded: Encoded, caption: Tensor) -> Tensor:
-    """Text states [B, 77, D] of caption rows int64 [B]; through the text encoder where it is trained."""
+def _text(base: Base, encoded: Encoded, caption: Tensor, clip_skip: int) -> Text:
+    """The text of caption rows int64 [B]; through the text encoders where they are trained."""
     if encoded.text is None:
-        return base.encode_text(encoded.ids[caption])
+        text = base.encode_text(encoded.ids[caption], clip_skip)
+        return text.blank(caption == len(encoded.ids) - 1) if base.zero_blank else text
     return encoded.text[caption].to(base.device, base.dtype, non_blocking=True)
 
 
-def _card(base: Base, recipe: Recipe) -> Card:
+def _card(base: Base, recipe: Recipe, sources: dict[str, Any]) -> Card:
     settings: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in UNDECISIVE}
     settings["base"] = base.name  # the recipe's may be a path, which is nobody's business
+    settings |= sources
+    if prediction_type_of(base.scheduler_config) == "v_prediction":
+        settings["prediction_type"] = "v_prediction"
     return Card(family=base.family.name, base=base.name, trigger=recipe.trigger, settings=settings)
 
 

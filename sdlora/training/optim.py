@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NO_DECAY = {"weight_decay": 0.0}
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -20,19 +21,44 @@ def rate_factor(step: int, *, schedule: str, warmup_steps: int, steps: int) -> f
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
+def group_factors(
+    factors: dict[str, Tensor], rates: dict[str, float], *, lora_plus_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups of factors by name, each with its learning rate: by part, and where it matters by side.
+
+    `rates` is by part. With a ratio other than 1 the up factors learn that many times as fast as the down factors.
+    A DoRA's magnitudes do not decay: they are lengths of the base's weights.
+    Source: Hayou et al. 2024, LoRA+, section 4.
+    """
+    groups: list[dict[str, Any]] = []
+    for part, rate in rates.items():
+        mine = [name for name in factors if name.partition(".")[0] == part]
+        lengths = [name for name in mine if name.endswith(".magnitude")]
+        ups = [name for name in mine if name.endswith(".up")] if lora_plus_ratio != 1 else []
+        rest = [name for name in mine if name not in {*lengths, *ups}]
+        for names, own, more in ((rest, rate, {}), (ups, rate * lora_plus_ratio, {}), (lengths, rate, _NO_DECAY)):
+            if names:
+                group = {"params": [factors[n] for n in names], "names": names, "base_lr": own, "lr": own}
+                groups.append(group | more)
+    return groups
+
+
 def make_optimizer(
-    factors: dict[str, Tensor], *, learning_rate: float, text_encoder_learning_rate: float, weight_decay: float
+    factors: dict[str, Tensor],
+    *,
+    learning_rate: float,
+    text_encoder_learning_rate: float,
+    weight_decay: float,
+    text_encoder_2_learning_rate: float | None = None,
+    lora_plus_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW over float32 factors by name; those of a text encoder have their own learning rate.
+    """AdamW over float32 factors by name; those of a text encoder have their own learning rate, the second the first's.
 
     Source: Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2.
     """
-    rates = {"unet": learning_rate, "text_encoder": text_encoder_learning_rate}
-    groups: list[dict[str, Any]] = []
-    for part, rate in rates.items():
-        names = [name for name in factors if name.startswith("text_encoder") == (part == "text_encoder")]
-        if names:
-            groups.append({"params": [factors[n] for n in names], "names": names, "base_lr": rate, "lr": rate})
+    second = text_encoder_learning_rate if text_encoder_2_learning_rate is None else text_encoder_2_learning_rate
+    rates = {"unet": learning_rate, "text_encoder": text_encoder_learning_rate, "text_encoder_2": second}
+    groups = group_factors(factors, rates, lora_plus_ratio=lora_plus_ratio)
     device = next(iter(factors.values())).device.type
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device in ("cpu", "cuda"))
 
@@ -55,13 +81,17 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Puts back what `flatten_state` gave.
+    """Puts back what `flatten_state` gave; a factor that no gradient ever reached has no state.
 
     Raises: KeyError where it is of another set of factors.
     """
-    if not flat:
-        return
-    for name, factor in _named(optimizer):
+    named = _named(optimizer)
+    strange = {key.partition("/")[2] for key in flat} - {name for name, _ in named}
+    if strange:
+        raise KeyError(min(strange))
+    for name, factor in named:
+        if not any(f"{key}/{name}" in flat for key in _STATE):
+            continue
         state = {key: flat[f"{key}/{name}"].clone() for key in _STATE}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = state[key].to(factor.device)

@@ -6,10 +6,10 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from PIL import Image
 
 from ..bases.family import Base
+from ..bases.prompts import Wording, encode_prompts
 from ..bases.sampling import sample_encoded
 from ..config import Recipe
 from ..errors import SdloraError
@@ -27,15 +27,17 @@ class Previews:
     folder: Path
     seeds: tuple[int, ...]
     resolution_px: int
-    states: Tensor | None
-    """[P + 1, 77, D], the last of the empty prompt; None where the text encoder is trained."""
+    clip_skip: int
+    wordings: list[Wording] | None
+    """The prompts encoded; None where the text encoder is trained."""
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe, folder: Path, resolution_px: int) -> Previews:
         """The previews a recipe asks for; to be called while the base still has its text encoder."""
         seeds = tuple((recipe.seed + i) % 2**63 for i in range(len(recipe.preview)))
-        states = None if recipe.text_encoder or not recipe.preview else _encode(base, recipe.preview)
-        return cls(recipe.preview, recipe.preview_every, folder, seeds, resolution_px, states)
+        skip, prompts = recipe.clip_skip, recipe.preview
+        wordings = None if recipe.text_encoder or not prompts else encode_prompts(base, prompts, clip_skip=skip)
+        return cls(prompts, recipe.preview_every, folder, seeds, resolution_px, skip, wordings)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether previews are drawn after `step` of `steps`."""
@@ -43,25 +45,23 @@ class Previews:
 
     def draw(self, base: Base, step: int) -> list[Path]:
         """Writes `step-000100-0.png` and so on; one that cannot be drawn is a line on the screen, not the run's end."""
-        states = _encode(base, self.prompts) if self.states is None else self.states
         side_px = self.resolution_px
+        pictures: dict[int, Image.Image] = {}
         try:
-            pictures = sample_encoded(
-                base, states[:-1], states[-1], seeds=list(self.seeds), width_px=side_px, height_px=side_px
-            )
+            for wording in self.wordings or encode_prompts(base, self.prompts, clip_skip=self.clip_skip):
+                seeds = [self.seeds[row] for row in wording.rows]
+                drawn = sample_encoded(
+                    base, wording.text, wording.negative, seeds=seeds, width_px=side_px, height_px=side_px
+                )
+                pictures |= dict(zip(wording.rows, drawn, strict=True))
         except SdloraError as e:
             say(f"no preview after step {step}: {e}")
             return []
         self.folder.mkdir(exist_ok=True)
         paths = []
-        for i, picture in enumerate(pictures):
+        for i, picture in sorted(pictures.items()):
             data = io.BytesIO()
             picture.save(data, "PNG")
             paths.append(self.folder / f"step-{step:06d}-{i}.png")
             write_atomic(paths[-1], data.getvalue())
         return paths
-
-
-@torch.no_grad()
-def _encode(base: Base, prompts: tuple[str, ...]) -> Tensor:
-    return base.encode_text(base.tokenize([*prompts, ""])[0])

@@ -198,6 +198,15 @@ def test_check_tells_of_every_problem_in_its_document_and_exits_2(capsys, data, 
     assert "caption too long  a.png: 82 tokens, the base reads 77" in capsys.readouterr().out
 
 
+def test_check_counts_long_captions_by_the_chunks_they_may_fill(capsys, data, base):
+    (data / "a.txt").write_text("cat " * 80)
+    (data / "3_more" / "b.txt").write_text("cat " * 151)
+    for chunks, expected in ((1, [(153, 77), (82, 77)]), (2, [(153, 152)]), (3, [])):
+        assert cli.main(["check", str(data), "--base", str(base), "--max-chunks", str(chunks), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["truncated"]
+        assert [(row["tokens"], row["limit"]) for row in found] == expected
+
+
 def test_check_counts_a_base_that_is_not_there_as_a_problem(capsys, data):
     assert cli.main(["check", str(data), "--base", "gone", "--json"]) == 2
     report = json.loads(capsys.readouterr().out)

@@ -119,9 +119,20 @@ def test_tag_and_flag_draw_the_same_picture(base, shelf, tmp_path):
     assert by_flag[0]["loras"] == by_tag[0]["loras"]
 
 
-def test_long_prompt_is_told(base, capsys, caplog):
-    generate(base, "x " * 90, steps=1)
-    assert "prompt: 92 tokens, of which only the first 77 are read" in caplog.text
+def test_long_prompt_is_read_whole_and_nothing_is_said(base, caplog):
+    a, b = (generate(base, "x " * 90 + end, steps=1)[0].tobytes() for end in ("cat", "ink"))
+    assert a != b
+    assert caplog.text == ""
+
+
+def test_clip_skip_is_written_as_other_tools_count_it(base, tmp_path):
+    rows = [generate_files(base, "a (cat:1.3)", [], out=tmp_path, steps=1, clip_skip=skip)[0] for skip in (0, 1)]
+    texts = []
+    for row in rows:
+        with Image.open(row["file"]) as picture:
+            texts.append(parse_infotext(picture.text["parameters"]))
+    assert [prompt for prompt, _, _ in texts] == ["a (cat:1.3)"] * 2
+    assert [settings.get("Clip skip") for _, _, settings in texts] == [None, "2"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,8 @@ def test_long_prompt_is_told(base, capsys, caplog):
         ({"width": 65}, "width 65 px"),
         ({"sampler": "x"}, "sampler 'x'"),
         ({"batch_size": 0}, "batch size 0"),
+        ({"clip_skip": 2}, "clip_skip = 2 is out of range for tiny; give 0 to 1"),
+        ({"prompt": "a (cat:" + "9" * 400 + ")"}, "the weight of 'cat' in the prompt is not finite"),
         ({"loras": [("ink.safetensors", float("nan"), 1.0)]}, "weight nan"),
     ],
 )

@@ -20,7 +20,7 @@ from sdlora.adapter.file import read_adapter
 from sdlora.bases.family import Base, load_base
 from sdlora.bases.mini.judge import Judge, load_judge
 from sdlora.bases.sampling import make_noise, make_scheduler, sample
-from sdlora.combining.plan import Stacked
+from sdlora.combining.plan import Plan, Stacked
 from sdlora.demo import LESSONS
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +127,24 @@ def test_demo_stacks_style_and_subject(demo: Path, base: Base, judge: Judge) -> 
     assert plain_ink <= 10
     assert ink >= STACKED_INK
     assert rank <= CAT_RANK * plain_rank
+
+
+@pytest.mark.slow
+def test_diffusers_draws_our_picture_with_the_demo_lora(demo: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    ours_base = load_base("mini")
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    pipe.scheduler = make_scheduler(ours_base)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, noise = "a penguin, ink style", {"latents": make_noise(5, 128, 128)[None], "num_inference_steps": 6}
+    plain = pipe(prompt, **noise, guidance_scale=5.0).images[0]
+    pipe.load_lora_weights(str(demo), weight_name="ink.safetensors")
+    theirs = pipe(prompt, **noise, guidance_scale=5.0).images[0]
+    with Plan.of([(read_adapter(demo / "ink.safetensors"), 1.0)]).applied(ours_base):
+        (ours,) = sample(ours_base, [prompt], seeds=[5], steps=6, guidance=5.0)
+    assert np.abs(np.asarray(plain, int) - np.asarray(theirs, int)).max() > 50
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 2
 
 
 @pytest.mark.slow

@@ -410,7 +410,7 @@ def test_output_inside_the_data_is_refused(tmp_path):
 def test_parts_that_are_done_leave_memory(folder, out, monkeypatch, capsys, preview):
     parts = {}
 
-    def load(name, *, device, precision):
+    def load(name, **options):
         base = make_tiny_base()
         parts.update({part: weakref.ref(module) for part, module in base.modules.items()})
         return base

@@ -80,7 +80,7 @@ def test_initial_noise_equals_diffusers_own(pipe):
 
 def test_text_states_and_latents_equal_diffusers_own(pipe, base):
     theirs, negative = pipe.encode_prompt(PROMPTS, torch.device("cpu"), 1, True, negative_prompt=["", ""])
-    ours = base.encode_text(base.tokenize([*PROMPTS, ""])[0])
+    ours = base.encode_text(base.tokenize([*PROMPTS, ""])[0]).states
     torch.testing.assert_close(ours[:2], theirs)
     torch.testing.assert_close(ours[2], negative[0])
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -65,7 +65,7 @@ def train_with_peft(base, encoded, recipe, prediction_type):
             alpha_bar = float(base.alphas_cumprod[draws.t[i]])
             snr = alpha_bar / (1 - alpha_bar)
             x_t = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * draws.noise[i]
-            text = encoded.text[draws.caption[i]]
+            text = encoded.text.states[draws.caption[i]]
             y = unet(x_t[None], draws.t[i : i + 1], encoder_hidden_states=text[None]).sample[0]
             if prediction_type == "epsilon":
                 errors.append(min(snr, 5.0) / snr * (y - draws.noise[i]).square().mean())

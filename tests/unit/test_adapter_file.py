@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from sdlora.adapter import (
     Adapter,
     Card,
+    Dora,
     LowRank,
     autov2,
     check_fit,
     file_sha256,
     misfits,
     read_adapter,
+    weight_on,
     write_adapter,
 )
 from sdlora.adapter.header import printable
@@ -218,6 +220,145 @@ def test_family_of_a_silent_file_is_told_by_the_width_of_its_text(tmp_path: Path
     assert read_adapter(save(tmp_path / "a.safetensors", tensors)).card.family == family
 
 
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "family"),
+    [
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1": 8}, {}, "sdxl"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1": 8}, {"sdlora.family": "sd1"}, "sdxl"),
+        ({"lora_unet_input_blocks_4_1_proj_in": 8}, {}, "sdxl"),
+        ({f"lora_unet_{BLOCK.replace('.', '_')}_attn2_to_v": 2048}, {}, "sdxl"),
+        ({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": 8}, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+        ({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": 8}, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
+        (
+            {f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": 8},
+            {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+            "sdxl",
+        ),
+        ({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": 8}, {}, ""),
+    ],
+)
+def test_a_files_family_is_told_by_its_names_its_text_and_its_metadata(
+    tmp_path: Path, tensors: dict[str, int], metadata: dict[str, str], family: str
+) -> None:
+    name, width = next(iter(tensors.items()))
+    pair = {f"{name}.lora_down.weight": torch.ones(1, width), f"{name}.lora_up.weight": torch.ones(8, 1)}
+    adapter = read_adapter(save(tmp_path / "a.safetensors", pair, metadata), warn=fail)
+    assert adapter.card.family == family
+    assert len(adapter.deltas) == 1
+
+
+SDXL_PATHS = (
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "unet.up_blocks.1.upsamplers.0.conv",
+    "text_encoder.text_model.encoder.layers.1.self_attn.q_proj",
+    "text_encoder_2.text_model.encoder.layers.31.mlp.fc2",
+)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("paths", [SDXL_PATHS, SDXL_PATHS[:1], SDXL_PATHS[-1:]])
+def test_sdxl_comes_back_in_every_format(tmp_path: Path, format: str, paths: tuple[str, ...]) -> None:
+    pairs = {p: pair(3, 8, 6, 1.5, *((3, 3) if p.endswith("conv") else ()), seed=i) for i, p in enumerate(paths)}
+    adapter = Adapter(pairs, Card(family="sdxl"))
+    write_adapter(adapter, tmp_path / "a.safetensors", format)
+    again = read_adapter(tmp_path / "a.safetensors", warn=fail)
+    assert same(again, adapter)
+    assert again.card.family == "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("sd1", {}, ("sd_v1", "stable-diffusion-v1", "epsilon", "512x512", "False", "diffusers")),
+        ("sd2", {}, ("sd_v2", "stable-diffusion-v2-512", "epsilon", "512x512", "True", "diffusers")),
+        (
+            "sd2",
+            {"prediction_type": "v_prediction"},
+            ("sd_v2_v", "stable-diffusion-v2-768-v", "v", "768x768", "True", "diffusers"),
+        ),
+        (
+            "sdxl",
+            {},
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "epsilon", "1024x1024", "False",
+             "https://github.com/Stability-AI/generative-models"),
+        ),
+        (
+            "sdxl",
+            {"prediction_type": "v_prediction", "resolution": 768},
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "v", "768x768", "False",
+             "https://github.com/Stability-AI/generative-models"),
+        ),
+    ],
+)  # fmt: skip
+def test_metadata_names_the_family_as_sd_scripts_does(
+    tmp_path: Path, family: str, settings: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    adapter = Adapter({SDXL_PATHS[0]: pair(2, 8, 8, 2.0)}, Card(family=family, settings=settings))
+    write_adapter(adapter, tmp_path / "a.safetensors")
+    metadata = metadata_of(tmp_path / "a.safetensors")
+    keys = ("ss_base_model_version", "modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution",
+            "ss_v2", "modelspec.implementation")  # fmt: skip
+    version, architecture, *rest = expected
+    assert [metadata[k] for k in keys] == [version, f"{architecture}/lora", *rest]
+    write_adapter(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert metadata_of(tmp_path / "b.safetensors")["modelspec.implementation"] == "diffusers"
+
+
+def test_a_module_that_sdxl_has_not_cannot_be_named(tmp_path: Path) -> None:
+    adapter = Adapter({"unet.down_blocks.3.resnets.0.conv1": pair(1, 8, 8, 1.0, 3, 3)}, Card(family="sdxl"))
+    with pytest.raises(AdapterFileError, match=r"down_blocks\.3\.resnets\.0\.conv1 has no name in a sdxl file"):
+        write_adapter(adapter, tmp_path / "a.safetensors")
+
+
+# DoRA
+
+
+def make_dora(path: str, *, on_input: bool = False) -> tuple[Adapter, Dora, Tensor]:
+    kernel = (3, 3) if path == CONV else ()
+    low = pair(2, 8, 6, 1.0, *kernel)
+    g = torch.Generator().manual_seed(5)
+    shape = (1, 6, *(1 for _ in kernel)) if on_input else (8, 1, *(1 for _ in kernel))
+    dora = Dora(low, 0.5 + torch.rand(*shape, generator=g))
+    return Adapter({path: dora}, CARD), dora, torch.randn(8, 6, *kernel, generator=g)
+
+
+@pytest.mark.parametrize("path", [Q, CONV])
+@pytest.mark.parametrize(("format", "key"), [("kohya", "dora_scale"), ("diffusers", "lora_magnitude_vector")])
+def test_dora_comes_back_whole_and_its_lengths_in_float32(tmp_path: Path, path: str, format: str, key: str) -> None:
+    adapter, dora, base = make_dora(path)
+    write_adapter(adapter, tmp_path / "a.safetensors", format, torch.float16)
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    (stored,) = (v for k, v in tensors.items() if k.endswith(f".{key}"))
+    ones = (1, 1) if path == CONV else ()
+    assert stored.shape == ((8, 1, *ones) if format == "kohya" else (1, 8, 1, 1) if ones else (8,))
+    assert stored.dtype == torch.float32
+    again = read_adapter(tmp_path / "a.safetensors", warn=fail).deltas[path]
+    assert isinstance(again, Dora)
+    assert torch.equal(again.magnitude, dora.magnitude)
+    write_adapter(adapter, tmp_path / "a.safetensors", format)
+    again = read_adapter(tmp_path / "a.safetensors", warn=fail).deltas[path]
+    assert torch.equal(weight_on(again, base), weight_on(dora, base))
+
+
+def test_lengths_by_input_as_older_lycoris_wrote_them(tmp_path: Path) -> None:
+    for path in (Q, CONV):
+        adapter, dora, base = make_dora(path, on_input=True)
+        write_adapter(adapter, tmp_path / "a.safetensors")
+        again = read_adapter(tmp_path / "a.safetensors", warn=fail).deltas[path]
+        turned = base + dora.inner.weight()
+        for i in range(6):
+            length = turned[:, i].norm()
+            expected = dora.magnitude.flatten()[i] * turned[:, i] / length - base[:, i]
+            torch.testing.assert_close(weight_on(again, base)[:, i], expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(AdapterFileError, match="a length for each input"):
+            write_adapter(adapter, tmp_path / "b.safetensors", "diffusers")
+
+
+def test_a_dora_says_that_it_needs_its_base() -> None:
+    with pytest.raises(AdapterFileError, match="depends on the base's weight"):
+        make_dora(Q)[1].weight()
+
+
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
@@ -347,11 +488,19 @@ MEANINGLESS: dict[str, tuple[dict[str, Tensor], str]] = {
     "conv_with_linear": (kohya() | {DOWN: torch.ones(4, 8, 3, 3)}, Q),
     "integers": (kohya() | {UP: torch.ones(8, 4, dtype=torch.int32)}, UP),
     "two_names": (kohya() | {f"{Q}.lora_A.weight": torch.ones(4, 8)}, Q),
-    "dora": (kohya() | {f"{KOHYA_Q}.dora_scale": torch.ones(8, 1)}, "DoRA"),
+    "dora_alone": ({f"{KOHYA_Q}.dora_scale": torch.ones(8, 1)}, f"{KOHYA_Q}.dora_scale"),
+    "dora_of_another_size": (kohya() | {f"{KOHYA_Q}.dora_scale": torch.ones(7, 1)}, f"{KOHYA_Q}.dora_scale is [7, 1]"),
+    "dora_nan": (kohya() | {f"{KOHYA_Q}.dora_scale": torch.full((8, 1), float("nan"))}, f"{KOHYA_Q}.dora_scale"),
     "loha": ({f"{KOHYA_Q}.hada_w1_a": torch.ones(8, 4)}, "LoHa"),
     "lokr": ({f"{KOHYA_Q}.lokr_w1": torch.ones(8, 4)}, "LoKr"),
-    "sdxl": ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(4, 8)}, "sdxl"),
-    "sdxl_text": ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8)}, "sdxl"),
+    "sdxl": (
+        {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(4, 8)},
+        "no up factor for unet.down_blocks.1.attentions.0.proj_in",
+    ),
+    "flux_with_text": (
+        {f"{t}.lora_down.weight": torch.ones(4, 8) for t in ("lora_te1_text_x", "lora_unet_double_blocks_0_x")},
+        "flux",
+    ),
     "flux": ({"transformer.single_blocks.0.lora_A.weight": torch.ones(4, 8)}, "flux"),
     "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(4, 8)}, "model.diffusion_model.out.2.weight"),
 }

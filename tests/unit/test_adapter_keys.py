@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-import functools
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from full_size import FAMILIES, modules_of, paths_of
+
 from sdlora.adapter import keys
-from sdlora.adapter.keys import canonical_path, find_module, kohya_name, path_of_kohya, read_key, write_keys
+from sdlora.adapter.keys import find_module, kohya_name, path_of_kohya, read_key, write_keys
+
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
-@functools.cache
-def sd15_modules() -> dict[str, nn.Module]:
-    """Stable Diffusion 1.5's UNet and text encoder without weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    return {"unet": unet, "text_encoder": text}
-
-
-@functools.cache
-def sd15_paths() -> list[str]:
-    """Of every module that has weights."""
-    return [
-        canonical_path(part, n)
-        for part, m in sd15_modules().items()
-        for n, x in m.named_modules()
-        if n and any(True for _ in x.parameters())
-    ]
+@pytest.mark.parametrize(
+    ("family", "attention", "text", "text_2"), [("sd1", 128, 72, 0), ("sd2", 128, 138, 0), ("sdxl", 560, 72, 192)]
+)
+def test_a_family_has_as_many_adaptable_modules_as_kohyas_files_of_it(family, attention, text, text_2) -> None:
+    linear = [p for p in paths_of(family) if isinstance(find_module(modules_of(family), p), nn.Linear)]
+    text_paths = [p for p in linear if ".layers." in p]
+    assert sum(p.startswith("unet.") and p.endswith(ATTENTION) for p in linear) == attention
+    assert sum(p.startswith("text_encoder.") for p in text_paths) == text
+    assert sum(p.startswith("text_encoder_2.") for p in text_paths) == text_2
 
 
-def test_sd15_has_as_many_adaptable_modules_as_kohya_files_of_it() -> None:
-    linear = [p for p in sd15_paths() if isinstance(find_module(sd15_modules(), p), nn.Linear)]
-    attention = [p for p in linear if p.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
-    text = [p for p in linear if p.startswith("text_encoder.")]
-    assert (len(attention), len(text)) == (128, 72)  # 16 × 2 × 4, 12 × 6
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_module_name_comes_back_from_kohyas(family: str) -> None:
+    paths = paths_of(family)
+    for path in paths:
+        assert path_of_kohya(kohya_name(path, family), family) == path
+    assert len({kohya_name(p, family) for p in paths}) == len(paths)
 
 
-def test_every_module_name_comes_back_from_kohyas() -> None:
-    for path in sd15_paths():
-        assert path_of_kohya(kohya_name(path)) == path
-    assert len({kohya_name(p) for p in sd15_paths()}) == len(sd15_paths())
-
-
-def test_no_name_can_be_split_in_two_ways() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_can_be_split_in_two_ways(family: str) -> None:
     def splits(pieces: list[str], words: frozenset[str]) -> int:
         ways = [1] + [0] * len(pieces)
         for end in range(1, len(pieces) + 1):
@@ -58,18 +47,74 @@ def test_no_name_can_be_split_in_two_ways() -> None:
                     ways[end] += ways[begin]
         return ways[-1]
 
-    for path in sd15_paths():
-        part, _, name = path.partition(".")
-        assert splits(name.replace(".", "_").split("_"), keys.GRAMMARS["sd1"].words[part]) == 1, path
+    grammar = keys.GRAMMARS[family]
+    for path in paths_of(family):
+        part = path.partition(".")[0]
+        bare = kohya_name(path, family).removeprefix(grammar.prefixes[part])
+        assert splits(bare.split("_"), grammar.words[part]) == 1, path
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("format", keys.FORMATS)
 @pytest.mark.parametrize("single", [False, True])
-def test_every_written_key_is_read_as_its_module_and_role(format: str, single: bool) -> None:
-    for path in sd15_paths():
-        down, up = write_keys(path, format, single=single)
-        assert read_key(down) == (path, "down", format)
-        assert read_key(up) == (path, "up", format)
+def test_every_written_key_is_read_as_its_module_and_role(family: str, format: str, single: bool) -> None:
+    for path in paths_of(family):
+        down, up = write_keys(path, format, family, single=single)
+        assert read_key(down, family) == (path, "down", format)
+        assert read_key(up, family) == (path, "up", format)
+
+
+SDXL_NAMES = {
+    "unet.conv_in": "lora_unet_input_blocks_0_0",
+    "unet.conv_out": "lora_unet_out_2",
+    "unet.time_embedding.linear_2": "lora_unet_time_embed_2",
+    "unet.add_embedding.linear_1": "lora_unet_label_emb_0_0",
+    "unet.down_blocks.0.resnets.1.conv1": "lora_unet_input_blocks_2_0_in_layers_2",
+    "unet.down_blocks.0.downsamplers.0.conv": "lora_unet_input_blocks_3_0_op",
+    "unet.down_blocks.1.resnets.0.conv_shortcut": "lora_unet_input_blocks_4_0_skip_connection",
+    "unet.down_blocks.1.resnets.0.time_emb_proj": "lora_unet_input_blocks_4_0_emb_layers_1",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    ),
+    "unet.down_blocks.2.attentions.1.proj_in": "lora_unet_input_blocks_8_1_proj_in",
+    "unet.mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj": (
+        "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj"
+    ),
+    "unet.mid_block.resnets.1.conv2": "lora_unet_middle_block_2_out_layers_3",
+    "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0": (
+        "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_out_0"
+    ),
+    "unet.up_blocks.0.upsamplers.0.conv": "lora_unet_output_blocks_2_2_conv",
+    "unet.up_blocks.1.upsamplers.0.conv": "lora_unet_output_blocks_5_2_conv",
+    "unet.up_blocks.2.resnets.2.conv1": "lora_unet_output_blocks_8_0_in_layers_2",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj": (
+        "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
+    ),
+    "text_encoder_2.text_projection": "lora_te2_text_projection",
+}
+
+
+@pytest.mark.parametrize("path", SDXL_NAMES)
+def test_names_of_sdxl_are_those_of_its_first_release(path: str) -> None:
+    assert kohya_name(path, "sdxl") == SDXL_NAMES[path]
+
+
+@pytest.mark.parametrize("path", SDXL_NAMES)
+def test_sdxl_blocks_under_diffusers_names_are_read_too(path: str) -> None:
+    part, _, name = path.partition(".")
+    prefix = keys.GRAMMARS["sdxl"].prefixes[part]
+    assert path_of_kohya(prefix + name.replace(".", "_"), "sdxl") == path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora_unet_input_blocks_9_0_in_layers_2", "lora_unet_input_blocks_3_0_in_layers_2", "lora_unet_input_blocks_4_2",
+     "lora_unet_middle_block_3_in_layers_2", "lora_unet_output_blocks_9_1_proj_in", "lora_unet_input_blocks_4_0_to_q",
+     "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te3_text_model_encoder_layers_0_mlp_fc1"],
+)  # fmt: skip
+def test_what_sdxl_has_not_is_no_name(name: str) -> None:
+    assert path_of_kohya(name, "sdxl") is None
 
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"

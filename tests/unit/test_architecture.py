@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2] / "sdlora"
 FLOORS = (
     {"errors"},
     {"values"},
+    {"targets"},
     {"config"},
     {"adapter", "data"},
     {"bases"},

@@ -75,12 +75,13 @@ def test_fp16_variant_files_load(broken):
 def test_tokens_are_padded_to_77_and_their_untruncated_length_is_told(folder):
     base = load_base(str(folder), device="cpu")
     ids, lengths = base.tokenize(["cat", "", "x " * 90])
+    assert ids.shape == (3, 1, 1, 77)
+    ids = ids[:, 0, 0]
     start, end = base.tokenizer.bos_token_id, base.tokenizer.eos_token_id
     cat = base.tokenizer.convert_tokens_to_ids("cat</w>")
     assert ids.dtype == torch.int64
     assert ids[0].tolist() == [start, cat, *[end] * 75]
     assert ids[1].tolist() == [start, *[end] * 76]
-    assert ids.shape == (3, 77)
     assert lengths == [3, 2, 92]
 
 
@@ -107,11 +108,11 @@ def test_base_that_does_not_exist_is_one_line(tmp_path):
     assert "no model_index.json" in refusal(tmp_path)
 
 
-def test_pickles_and_single_files_are_refused_with_the_reason(tmp_path):
+def test_pickles_and_files_that_are_no_base_are_refused_with_the_reason(tmp_path):
     for name in ("model.ckpt", "model.pt", "model.bin"):
         assert "can run code" in refusal(tmp_path / name)
     (tmp_path / "one.safetensors").write_bytes(b"")
-    assert "not supported yet; give a diffusers folder" in refusal(tmp_path / "one.safetensors")
+    assert "is empty (0 bytes)" in refusal(tmp_path / "one.safetensors")
     assert "there is no such file" in refusal(tmp_path / "two.safetensors")
     (tmp_path / "notes.txt").write_text("")
     assert "not a base" in refusal(tmp_path / "notes.txt")
@@ -168,7 +169,14 @@ def test_missing_text_encoder_weights_are_not_made_up(broken):
 
 
 @pytest.mark.parametrize(
-    "kind", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"]
+    "kind",
+    [
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+    ],
 )
 def test_other_kinds_are_refused_by_name(broken, kind):
     edit(broken / "model_index.json", _class_name=kind)
@@ -202,6 +210,18 @@ def test_only_safetensors_are_asked_of_the_hub():
     assert missing == []
     files, missing = choose_files([*small, "unet/diffusion_pytorch_model.bin"])
     assert missing == [*plain, "text_encoder/model.safetensors"]
+
+
+def test_both_text_encoders_of_an_sdxl_are_asked_of_the_hub():
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    small = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)]
+    small += [f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in ("vocab.json", "merges.txt")]
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    weights += ["text_encoder/model.safetensors", "text_encoder_2/model.fp16.safetensors"]
+    files, missing = choose_files([*small, *weights, "sd_xl_base_1.0.safetensors", "text_encoder_2/model.onnx"])
+    assert sorted(files) == sorted([*small, *weights])
+    assert missing == []
+    assert choose_files([*small, *weights[:3]])[1] == ["text_encoder_2/model.safetensors"]
 
 
 def test_hub_id_that_cannot_be_had_is_one_line(monkeypatch):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.data.cache import encode_folder
+from sdlora.bases.text import Text
+from sdlora.data.cache import encode_folder, measure_cut
 from sdlora.data.folder import Example, scan_folder
 from sdlora.errors import DataError
-from tests.tiny import make_tiny_base
+from tests.tiny import make_tiny_base, make_tiny_sdxl_base
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +52,18 @@ def test_text_rows_are_the_captions_and_the_last_the_empty_one(base, examples):
     ids, _ = base.tokenize([*(e.caption for e in examples), ""])
     assert torch.equal(encoded.ids, ids)
     assert encoded.ids.dtype == torch.int64
-    torch.testing.assert_close(encoded.text, base.encode_text(ids), rtol=1e-4, atol=1e-5)
-    assert torch.equal(encoded.text[0], encoded.text[2])
+    assert encoded.ids.shape == (5, 1, 1, 77)
+    assert encoded.text.pooled is None
+    torch.testing.assert_close(encoded.text.states, base.encode_text(ids).states, rtol=1e-4, atol=1e-5)
+    assert torch.equal(encoded.text.states[0], encoded.text.states[2])
 
 
 def test_the_same_caption_is_encoded_once(base, examples, monkeypatch):
     rows = []
     monkeypatch.setattr(
-        type(base), "encode_text", lambda self, ids: rows.append(len(ids)) or torch.zeros(len(ids), 77, 4)
+        type(base), "encode_text", lambda self, ids, skip: rows.append(len(ids)) or Text(torch.zeros(len(ids), 77, 4))
     )
-    assert encode(base, examples).text.shape == (5, 77, 4)
+    assert encode(base, examples).text.states.shape == (5, 77, 4)
     assert sum(rows) == 4  # three different ones and the empty one
 
 
@@ -98,3 +101,47 @@ def test_a_picture_that_went_away_is_named(base, examples):
     gone = Example(examples[0].path.with_name("gone.png"), "gone.png", "x", 1)
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         encode(base, [gone])
+
+
+def test_captions_fill_as_many_chunks_as_are_allowed(base, examples, capsys):
+    long = replace(examples[1], caption="x " * 160)
+    encoded = encode(base, [examples[0], long], chunks=2)
+    assert encoded.ids.shape == (3, 1, 2, 77)
+    assert encoded.text.states.shape[1] == 154
+    assert encoded.truncated == ["1.png"]
+    assert "longer than 152 tokens and loses its end: 1.png (162 tokens)" in capsys.readouterr().err
+    whole = encode(base, [examples[0], long], chunks=3)
+    assert (whole.ids.shape[2], whole.truncated, capsys.readouterr().err) == (3, [], "")
+    assert torch.equal(whole.ids[:, :, :2], encoded.ids)
+
+
+def test_clip_skip_reaches_the_cached_text(base, examples):
+    ids, _ = base.tokenize(["a cat"])
+    skipped = encode(base, examples[:1], clip_skip=1).text.states[0]
+    torch.testing.assert_close(skipped, base.encode_text(ids, 1).states[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(skipped, base.encode_text(ids).states[0], atol=1e-2)
+
+
+def test_sizes_say_how_each_picture_was_cut_mirrored_too(base, examples, tmp_path):
+    # 40 x 24 px: the middle square of 24 px begins 8 px from the left, at 16 px a side that is 5 px
+    encoded = encode(base, examples)
+    assert encoded.sizes.dtype == torch.float32
+    assert encoded.sizes.shape == (2, 4, 6)
+    assert encoded.sizes[0, 0].tolist() == encoded.sizes[1, 3].tolist() == [24, 40, 0, 5, 16, 16]
+    # an odd rest is cut unevenly, so that the mirrored picture's crop begins elsewhere
+    assert measure_cut(64, 67, 128, False) == (67, 64, 2, 0, 128, 128)
+    assert measure_cut(67, 64, 128, False) == (64, 67, 0, 2, 128, 128)
+    assert measure_cut(67, 64, 128, True) == (64, 67, 0, 4, 128, 128)
+
+
+def test_sdxl_caches_both_encoders_pooled_text_and_zeros_for_no_caption(examples):
+    base = make_tiny_sdxl_base()
+    encoded = encode(base, examples)
+    expected = base.encode_text(base.tokenize([e.caption for e in examples])[0])
+    torch.testing.assert_close(encoded.text.states[:4], expected.states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded.text.pooled[:4], expected.pooled, rtol=1e-4, atol=1e-5)
+    assert encoded.ids.shape == (5, 2, 1, 77)
+    assert not encoded.text.states[4].any()
+    assert not encoded.text.pooled[4].any()
+    base.zero_blank = False
+    assert encode(base, examples).text.states[4].any()

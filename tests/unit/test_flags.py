@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from sdlora.config import FIELDS
 from sdlora.errors import ConfigError
-from sdlora.flags import RECIPE_GROUPS, LoraSpec, Parser, add_recipe_flags, parse_lora
+from sdlora.flags import RECIPE_GROUPS, Parser, add_recipe_flags
+from sdlora.values import LoraSpec, parse_lora
 
 
 def read(*argv):
@@ -94,3 +95,15 @@ def test_any_finite_weights_come_through_exactly(weight, te_weight):
 def test_a_lora_with_unusable_weights_is_refused(text):
     with pytest.raises(ConfigError, match="write FILE:WEIGHT"):
         parse_lora(text)
+
+
+def test_lists_take_commas_or_several_flags_and_continue_is_called_so():
+    found = read(
+        "--targets", "attention, feed-forward", "--targets=time", "--blocks", "up.0,mid", "--block-ranks", "up=4:2",
+        "--continue", "a.safetensors", "--merge", "b,c.safetensors:0.5", "--merge", "d.safetensors", "--dora",
+    )  # fmt: skip
+    assert found["targets"] == ["attention", "feed-forward", "time"]
+    assert (found["blocks"], found["block_ranks"]) == (["up.0", "mid"], ["up=4:2"])
+    assert found["continue_from"] == "a.safetensors"
+    assert found["merge"] == ["b,c.safetensors:0.5", "d.safetensors"]
+    assert found["dora"] is True

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from sdlora.training.optim import flatten_state, make_optimizer, rate_factor, restore_state, set_rate
@@ -81,3 +82,54 @@ def test_restored_state_goes_on_bit_for_bit():
         update(straight, optimizer, step)
         update(stopped, after, step)
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+
+
+def test_a_factor_without_a_gradient_has_no_state_and_strange_state_is_refused():
+    factors = make_factors()
+    optimizer = make(factors)
+    for name, factor in factors.items():
+        factor.grad = None if name == "text_encoder.b.up" else torch.ones_like(factor)
+    optimizer.step()
+    saved = {name: value.clone() for name, value in flatten_state(optimizer).items()}
+    assert len(saved) == 9
+    after = make(factors)
+    restore_state(after, saved)
+    assert flatten_state(after).keys() == saved.keys()
+    with pytest.raises(KeyError, match=r"unet\.c\.down"):
+        restore_state(after, saved | {"exp_avg/unet.c.down": torch.zeros(3, 2)})
+    del saved["exp_avg/unet.a.down"]
+    with pytest.raises(KeyError, match=r"exp_avg/unet\.a\.down"):
+        restore_state(after, saved)
+
+
+def test_every_part_and_side_has_its_rate_and_lengths_do_not_decay():
+    names = [
+        f"{part}.{x}.{side}"
+        for part in ("unet", "text_encoder", "text_encoder_2")
+        for x in "ab"
+        for side in ("down", "up", "magnitude")
+    ]
+    factors = {n: torch.nn.Parameter(torch.ones(2)) for n in names}
+    optimizer = make_optimizer(
+        factors,
+        learning_rate=1e-2,
+        text_encoder_learning_rate=1e-3,
+        text_encoder_2_learning_rate=1e-4,
+        lora_plus_ratio=16.0,
+        weight_decay=0.1,
+    )
+    assert set_rate(optimizer, 0.5) == 0.5e-2
+    found = {n: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for n in group["names"]}
+    rates = {"unet": 0.5e-2, "text_encoder": 0.5e-3, "text_encoder_2": 0.5e-4}
+    for name in names:
+        part, _, side = name.split(".")
+        ratio, decay = 16 if side == "up" else 1, 0.0 if side == "magnitude" else 0.1
+        assert found[name] == (pytest.approx(rates[part] * ratio), decay)
+    for factor in factors.values():
+        factor.grad = torch.ones(2)
+    optimizer.step()
+    saved = {name: value.clone() for name, value in flatten_state(optimizer).items()}
+    assert len(saved) == 3 * len(names)
+    other = make_optimizer(factors, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
+    restore_state(other, saved)  # by name, whatever the groups
+    assert all(torch.equal(value, flatten_state(other)[name]) for name, value in saved.items())

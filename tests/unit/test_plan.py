@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
-from sdlora.adapter.delta import Adapter, Card, LowRank
+from sdlora.adapter.delta import Adapter, Card, Dora, LowRank
+from sdlora.adapter.file import write_adapter
 from sdlora.bases.sampling import sample
+from sdlora.combining.merge import merge_for_good, merged_for_a_while
 from sdlora.combining.plan import Plan, find_module
 from sdlora.combining.stack import combine
 from sdlora.errors import AdapterFileError, ConfigError
@@ -232,3 +234,38 @@ def test_nothing_to_combine_is_refused(base):
     one, two = random_adapter(base, 1), random_adapter(base, 2)
     with pytest.raises(AdapterFileError, match="several families"):
         combine([(one, 1.0), (Adapter(two.deltas, Card(family="sd1")), 1.0)])
+
+
+def test_a_dora_has_no_exact_sum_and_says_so(base):
+    one = random_adapter(base, 1)
+    path, delta = next(iter(one.deltas.items()))
+    dora = Adapter(one.deltas | {path: Dora(delta, torch.ones(delta.up.shape[0], 1))})
+    with pytest.raises(AdapterFileError, match="is Dora, which has no exact sum of ranks"):
+        combine([(dora, 1.0), (one, 1.0)])
+    plan = Plan.of([(dora, 1.0), (one, 0.5)])
+    with pytest.raises(AdapterFileError, match="depends on the base's weight"):
+        plan.delta(path)
+    weight = find_module(base, path).weight
+    turned = weight.double() + by_hand(delta)
+    expected = turned / turned.norm(dim=1, keepdim=True) - weight.double() + 0.5 * by_hand(delta)
+    torch.testing.assert_close(plan.delta(path, base=weight).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_for_good_is_what_a_plan_applies_and_changes_the_fingerprint(tmp_path):
+    base, other = make_tiny_base(), make_tiny_base()
+    files = []
+    for seed in (1, 2):
+        write_adapter(random_adapter(base, seed, text=True), tmp_path / f"{seed}.safetensors")
+        files.append(f"{tmp_path}/{seed}.safetensors:0.{seed}")
+    plain = hash_base(base)
+    with merged_for_a_while(base, files) as merged:
+        inside = hash_base(merged)
+        assert hash_base(base) == inside != plain
+    assert hash_base(base) == plain
+    for_good = merge_for_good(other, files[::-1])
+    assert hash_base(for_good) == inside
+    assert merged.fingerprint == for_good.fingerprint != base.fingerprint
+    assert merged.merged == for_good.merged
+    assert str(tmp_path) not in str(merged.extra)
+    assert merge_for_good(base, ()) is base
+    assert base.merged == []

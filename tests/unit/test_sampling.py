@@ -49,14 +49,14 @@ def test_guidance_one_ignores_the_negative_prompt_and_more_does_not(base):
 
 def test_guidance_extrapolates_from_uncond_to_cond(base):
     text = base.encode_text(base.tokenize(["a cat"])[0])
-    negative = base.encode_text(base.tokenize([""])[0])[0]
+    negative = base.encode_text(base.tokenize([""])[0])
     noise = make_noise(4, 64, 64)[None]
     scheduler = make_scheduler(base)
     scheduler.set_timesteps(1)
     t = scheduler.timesteps[:1]
     assert int(t) == 999
     with torch.no_grad():
-        cond, uncond = base.predict(noise, t, text), base.predict(noise, t, negative[None])
+        cond, uncond = base.predict(noise, t, text), base.predict(noise, t, negative)
     alpha = base.alphas_cumprod[999].float()
     x0 = (noise - (1 - alpha).sqrt() * (uncond + 3 * (cond - uncond))) / alpha.sqrt()
     expected = ((base.decode_latents(x0)[0] / 2 + 0.5) * 255).round().permute(1, 2, 0).numpy()
@@ -81,6 +81,66 @@ def test_progress_counts_every_step_of_every_batch(base):
     seen = []
     sample(base, ["a"] * 3, seeds=[0, 1, 2], steps=2, batch_size=2, progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_prompts_length_changes_no_other_prompts_picture(base):
+    long = "a cat " + "ink " * 100
+    alone = [sample(base, [p], seeds=[i], steps=2)[0] for i, p in enumerate(("a cat", long, "ink"))]
+    seen = []
+    together = sample(
+        base, ["a cat", long, "ink"], seeds=[0, 1, 2], steps=2, batch_size=2, progress=lambda *c: seen.append(c)
+    )
+    for a, b in zip(alone, together, strict=True):
+        assert abs(pixels(a) - pixels(b)).max() <= 1
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_all_of_a_long_prompt_and_of_a_long_negative_is_read(base):
+    def draw(prompt, negative=""):
+        return sample(base, [prompt], seeds=[0], steps=2, negative=negative)[0].tobytes()
+
+    assert draw("x " * 90 + "cat") != draw("x " * 90 + "ink")
+    assert draw("cat", "x " * 90 + "cat") != draw("cat", "x " * 90 + "ink")
+
+
+def test_emphasis_acts_on_prompt_and_negative_and_one_is_none(base):
+    def draw(prompt, negative="", guidance=4.0):
+        return sample(base, [prompt], seeds=[0], steps=2, negative=negative, guidance=guidance)[0].tobytes()
+
+    plain = draw("a cat", "ink")
+    assert draw("a (cat:1.0)", "(ink:1)") == plain
+    assert len({plain, draw("a (cat:1.4)", "ink"), draw("a cat", "[ink]"), draw("a [cat]", "ink")}) == 4
+    assert draw("a ((cat))") == draw("a (cat:1.21)")
+
+
+def test_clip_skip_changes_the_picture_and_too_much_is_refused(base):
+    pictures = {sample(base, ["a cat"], seeds=[0], steps=2, clip_skip=skip)[0].tobytes() for skip in (0, 1)}
+    assert len(pictures) == 2
+    with pytest.raises(ConfigError, match="clip_skip = 2 is out of range for tiny; give 0 to 1"):
+        sample(base, ["a cat"], seeds=[0], steps=2, clip_skip=2)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim"])
+def test_velocity_and_noise_give_the_same_picture(family, sampler):
+    """A base that predicts the velocity of what another says of the noise draws the other's picture."""
+    noise_base = make_tiny_base(family=family)
+    velocity_base = make_tiny_base(family=family, schedule={"prediction_type": "v_prediction"})
+
+    class Velocity(type(noise_base.family)):
+        def predict(self, base, x_t, t, text, sizes=None):
+            noise = super().predict(base, x_t, t, text, sizes)
+            alpha_bar = base.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+            x0 = (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+            return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+    velocity_base.family = Velocity(family)
+    a, b = (
+        pixels(sample(base, ["a cat"], seeds=[3], steps=4, sampler=sampler, negative="ink")[0])
+        for base in (noise_base, velocity_base)
+    )
+    assert abs(a - b).max() <= 2
+    assert a.std() > 5
 
 
 @pytest.mark.parametrize(

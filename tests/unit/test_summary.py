@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from sdlora.adapter.delta import Adapter, Card, LowRank
+from sdlora.adapter.delta import Adapter, Card, Dora, LowRank
 from sdlora.adapter.file import write_adapter
 from sdlora.adapter.summary import list_summary, summarize
 
@@ -55,3 +55,15 @@ def test_the_summary_counts_what_is_in_the_file(tmp_path, adapter, naming):
     lines = "\n".join(list_summary(found))
     assert "unet 2, text_encoder 1" in lines
     assert "unet.down_blocks.0 54.9 %" in lines
+
+
+def test_a_dora_is_called_so_and_its_lengths_are_counted(tmp_path, adapter):
+    path = tmp_path / "a.safetensors"
+    deltas = {p: Dora(d, torch.ones(d.up.shape[0], 1)) for p, d in adapter.deltas.items()}
+    write_adapter(Adapter(deltas, adapter.card), path, dtype=torch.float16)
+    found = summarize(path)
+    assert (found["kinds"], found["dtype"], found["ranks"]) == (["dora"], "F16", {"1": 1, "2": 2})
+    assert found["parameters"] == 2 * (4 + 6) + (5 + 3) + 2 * (4 + 4) + 6 + 3 + 4
+    assert found["energy"]["unet.down_blocks.0"] == 24.0
+    (warning,) = found["warnings"]
+    assert "low-rank factors" in warning

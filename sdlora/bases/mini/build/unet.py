@@ -38,7 +38,9 @@ SCHEDULE = {
 }
 PLAIN_VARIANTS = 4
 LOOK_VARIANTS = 8
-PLAIN_SHARE = 0.55
+PLAIN_SHARE = 0.8
+EXACT_SHARE = 0.85  # of the plain ones, the share that is not moved: it is these that make sharp drawings
+SET_WEIGHTS = {"noto": 5.5, "twemoji": 2.5, "emojione": 1.0, "fxemoji": 1.0}
 EMPTY_CAPTION_SHARE = 0.1
 STYLE_WORD_SHARE = 0.5
 MIN_SNR_GAMMA = 5.0
@@ -166,11 +168,12 @@ def encode_pool(pictures: Pictures, vae: Any, work: Path, seed: int = 0) -> Pool
 
 def _draw_batch(pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: int) -> tuple[Tensor, list[str]]:
     rng = np.random.default_rng((seed, 17, step))
-    rows = rng.choice(rows_in, batch)
+    weights = np.array([SET_WEIGHTS[pool.arts[row]] for row in rows_in])
+    rows = rng.choice(rows_in, batch, p=weights / weights.sum())
     picked, prompts = [], []
     for row in rows:
         if rng.random() < PLAIN_SHARE:
-            variant = int(rng.integers(0, PLAIN_VARIANTS))
+            variant = 0 if rng.random() < EXACT_SHARE else int(rng.integers(1, PLAIN_VARIANTS))
         else:
             variant = int(rng.integers(PLAIN_VARIANTS, PLAIN_VARIANTS + LOOK_VARIANTS))
         look = pool.words[row][variant]
@@ -307,7 +310,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         params = [self.params[i] for i in share]
-        torch._foreach_mul_([p.grad for p in params], scale)
+        torch._foreach_mul_([g for p in params if (g := p.grad) is not None], scale)
         optimizer.step()
         torch._foreach_copy_([self.copies[i] for i in share], params)
         torch._foreach_lerp_([self.average[i] for i in share], params, 1 - decay)
