@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/mini"), help="states and caches (default build/mini)")
     parser.add_argument("--steps", type=int, help="default: the shipped weights' number for the stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="unet: its peak (default 0.001)")
     parser.add_argument("--from-shipped", action="store_true", help="unet: train the shipped weights further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -61,7 +62,7 @@ def build_stage(args: argparse.Namespace) -> None:
         pool = encode_pool(pictures, load_vae(args.work, "vae"), args.work, args.seed)
         things = trained_things(pictures)
         settings = {"steps": args.steps or 9000, "seed": args.seed, "device": args.device, "shipped": shipped}
-        train_unet(pool, things, tokenizer, args.work, **settings)
+        train_unet(pool, things, tokenizer, args.work, learning_rate=args.learning_rate, **settings)
     elif args.stage == "decoder":
         vae = train_vae(
             pictures, args.work, steps=args.steps or 2000, seed=args.seed + 1, decoder_only=True, name="decoder"

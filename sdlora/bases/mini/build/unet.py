@@ -38,10 +38,13 @@ SCHEDULE = {
 }
 PLAIN_VARIANTS = 4
 LOOK_VARIANTS = 8
-PLAIN_SHARE = 0.8
+PLAIN_SHARE = 0.6
 EXACT_SHARE = 0.85  # of the plain ones, the share that is not moved: it is these that make sharp drawings
 SET_WEIGHTS = {"noto": 5.5, "twemoji": 2.5, "emojione": 1.0, "fxemoji": 1.0}
+INKY_WORDS = ("silhouette", "stamp", "line drawing", "outline", "greyscale")
+INKY_WEIGHT = 3.0  # shapes without colour are the hardest to keep apart, and what many styles are made of
 EMPTY_CAPTION_SHARE = 0.1
+STRANGE_WORD_SHARE = 0.4  # captions with a word that means nothing: a trigger must not hide the thing
 STYLE_WORD_SHARE = 0.5
 MIN_SNR_GAMMA = 5.0
 LAYOUT_GAIN = 0.3
@@ -166,7 +169,18 @@ def encode_pool(pictures: Pictures, vae: Any, work: Path, seed: int = 0) -> Pool
     return Pool(saved["latents"], mine.labels, mine.arts, words)
 
 
-def _draw_batch(pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: int) -> tuple[Tensor, list[str]]:
+def strange_words(tokenizer: CLIPTokenizer, labels: list[str]) -> list[str]:
+    """The vocabulary's whole words that are in no label, sorted: what a user may choose as a trigger."""
+    meant = {word for label in labels for word in label.split()} | {
+        word for text in INKY_WORDS for word in text.split()
+    }
+    whole = (entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>"))
+    return sorted(word for word in whole if len(word) > 2 and word.isascii() and word.isalpha() and word not in meant)
+
+
+def _draw_batch(
+    pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: int, strange: list[str]
+) -> tuple[Tensor, list[str]]:
     rng = np.random.default_rng((seed, 17, step))
     weights = np.array([SET_WEIGHTS[pool.arts[row]] for row in rows_in])
     rows = rng.choice(rows_in, batch, p=weights / weights.sum())
@@ -175,13 +189,22 @@ def _draw_batch(pool: Pool, rows_in: np.ndarray, step: int, batch: int, seed: in
         if rng.random() < PLAIN_SHARE:
             variant = 0 if rng.random() < EXACT_SHARE else int(rng.integers(1, PLAIN_VARIANTS))
         else:
-            variant = int(rng.integers(PLAIN_VARIANTS, PLAIN_VARIANTS + LOOK_VARIANTS))
+            looks = pool.words[row][PLAIN_VARIANTS:]
+            inky = np.array([INKY_WEIGHT if any(w in look for w in INKY_WORDS) else 1.0 for look in looks])
+            variant = PLAIN_VARIANTS + int(rng.choice(len(looks), p=inky / inky.sum()))
         look = pool.words[row][variant]
-        words = [look] if look else []
+        label, words = pool.labels[row], [look] if look else []
         if rng.random() < (0.3 if look else STYLE_WORD_SHARE):
             words.append(f"{pool.arts[row]} style")
+        if rng.random() < STRANGE_WORD_SHARE:
+            form = int(rng.integers(4))
+            one, two = (str(word) for word in rng.choice(strange, 2))
+            if form >= 2:
+                label = f"{one} {label}"
+            if form != 2:
+                words.append(f"{two} style" if form != 1 else two)
         empty = rng.random() < EMPTY_CAPTION_SHARE
-        prompts.append("" if empty else caption(pool.labels[row], words, rng))
+        prompts.append("" if empty else caption(label, words, rng))
         picked.append(pool.latents[row, variant])
     return torch.stack(picked).float(), prompts
 
@@ -356,6 +379,7 @@ def train_unet(
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     known = set(things)
     rows_in = np.array([row for row, label in enumerate(pool.labels) if label in known])
+    strange = strange_words(tokenizer, pool.labels)
     trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
     if (work / "unet.part.pt").exists():
         trainer.load(work / "unet.part.pt")
@@ -363,7 +387,7 @@ def train_unet(
         unet, text = shipped or (None, new_text_encoder(len(tokenizer)))
 
         def draw(step: int, size: int) -> tuple[Tensor, list[str]]:
-            return _draw_batch(pool, rows_in, step, size, seed + 1)
+            return _draw_batch(pool, rows_in, step, size, seed + 1, strange)
 
         head = train_layout(text, tokenizer, draw, work, steps=LAYOUT_STEPS, seed=seed)
         trainer.take_text(text, head)
@@ -371,7 +395,7 @@ def train_unet(
             trainer.take_unet(unet)
     began, start, errors = time.perf_counter(), trainer.step, []
     while trainer.step < steps:
-        x0, prompts = _draw_batch(pool, rows_in, trainer.step, batch, seed)
+        x0, prompts = _draw_batch(pool, rows_in, trainer.step, batch, seed, strange)
         lr = learning_rate_at(trainer.step, steps, learning_rate)
         errors.append(trainer.train_step(x0, prompts, lr, seed).mean())
         if trainer.step % 50 == 0 or trainer.step == steps:
