@@ -7,17 +7,20 @@ import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
-from .places import check_files, check_folder, check_output
+from .places import check_files, check_folder, check_output, find_cache
 from .values import parse_lora, suggest
+
+if TYPE_CHECKING:
+    from .data.buckets import Cuts
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")
@@ -131,27 +134,20 @@ def run_demo(args: Namespace) -> int:
 
 def add_check(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder of pictures and captions")
-    parser.add_argument("--base", default="mini", help=_BASE)
-    parser.add_argument("--prediction", metavar="KIND", default="auto", help="as train will be given it")
-    parser.add_argument("--trigger", metavar="TEXT", default="", help="as train will be given it")
-    parser.add_argument("--resolution", metavar="PX", type=read_whole_number, help="as train will be given it")
-    parser.add_argument("--max-chunks", metavar="N", type=read_whole_number, default=1, help="the same")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--config", metavar="TOML", type=Path, help="recipe, as train will be given it")
+    add_recipe_flags(parser)
 
 
 def run_check(args: Namespace) -> int:
     from .bases.facts import read_base_facts
+    from .data.buckets import describe_crops, plan_cuts, read_bucketing
     from .data.check import list_report, note_base, write_report
     from .data.folder import describe_problems, survey_folder
+    from .data.variants import list_wordings
 
-    recipe = Recipe(
-        base=args.base,
-        prediction=args.prediction,
-        trigger=args.trigger,
-        resolution=args.resolution,
-        max_chunks=args.max_chunks,
-    )
-    survey = survey_folder(args.data, recipe.trigger)
+    recipe = read_recipe(args)
+    survey = survey_folder(args.data, recipe.trigger, caption_lines=recipe.caption_lines)
     resolution_px, count = recipe.resolution, None
     try:
         facts = read_base_facts(recipe.base, recipe.prediction)
@@ -160,11 +156,16 @@ def run_check(args: Namespace) -> int:
         count = partial(facts.count_tokens, chunks=recipe.max_chunks)
     except BaseModelError as error:
         note_base(survey, recipe.base, str(error))
-    report = write_report(survey, resolution_px, count)
+    cuts = plan_cuts(survey.examples, read_bucketing(recipe, resolution_px)) if resolution_px else None
+    if cuts and not survey.problems:
+        cuts = leave_out_held(cuts, recipe)
+    wordings = list_wordings([e.caption for e in survey.examples], recipe)
+    report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     if args.json:
         print_json(report)
     else:
-        for line in list_report(report, len({e.caption for e in survey.examples})):
+        cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else ()
+        for line in list_report(report, len({e.caption for e in survey.examples}), cut_lines):
             print(show_name(line))
     if survey.problems:
         say(f"error: {describe_problems(survey.folder, survey.problems)}")
@@ -181,14 +182,26 @@ def add_train(parser: Parser) -> None:
     run.add_argument("--out", metavar="FILE", type=Path, help="LoRA to write (default: runs/<folder name>.safetensors)")
     run.add_argument("--config", metavar="TOML", type=Path, help="recipe to start from; flags go before it")
     run.add_argument("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
+    run.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        help="keeps encoded pictures and captions for later runs (default: $SDLORA_CACHE, else ~/.cache/sdlora; "
+        "none for mini, which encodes them in seconds)",
+    )
+    run.add_argument("--no-cache", action="store_true", help="keeps none and reads none")
     run.add_argument("--restart", action="store_true", help="start over instead of going on")
     run.add_argument("--dry-run", action="store_true", help="print what would happen and stop")
     add_recipe_flags(parser)
 
 
+def read_recipe(args: Namespace) -> Recipe:
+    """The recipe of a command line: its TOML file, with the flags before it."""
+    return recipe_from_toml(args.config, {name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
+
+
 def run_train(args: Namespace) -> int:
-    flags = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-    recipe = recipe_from_toml(args.config, flags)
+    recipe = read_recipe(args)
     data = Path(args.data)
     out = args.out or Path("runs") / f"{data.resolve().name or 'lora'}.safetensors"
     if args.dry_run:
@@ -200,16 +213,34 @@ def run_train(args: Namespace) -> int:
     named = named_files(recipe)
     check_files(named)
     check_output(out, named)
-    scan_folder(data, recipe.trigger)
+    scan_folder(data, recipe.trigger, caption_lines=recipe.caption_lines)
     from .bases.facts import read_base_facts
 
-    read_base_facts(recipe.base, recipe.prediction)
+    facts = read_base_facts(recipe.base, recipe.prediction)
+    from .data.buckets import read_bucketing
+
+    read_bucketing(recipe, recipe.resolution or facts.resolution_px)
     from .combining.merge import merge_for_good
     from .training.loop import run_training
 
     prepare = partial(merge_for_good, loras=recipe.merge)
-    print(show_name(run_training(data, recipe, out, device=args.device, restart=args.restart, prepare=prepare)))
+    options = {"device": args.device, "restart": args.restart, "cache": choose_cache(args, recipe), "prepare": prepare}
+    print(show_name(run_training(data, recipe, out, **options)))
     return 0
+
+
+def choose_cache(args: Namespace, recipe: Recipe) -> Path | None:
+    """The folder that keeps encoded pictures and captions, or None.
+
+    Raises: ConfigError where one is given and forbidden at once, or where it is a file.
+    """
+    given: Path | None = args.cache
+    if given is not None:
+        if args.no_cache:
+            raise ConfigError(f"--cache {given} and --no-cache contradict each other; leave one out")
+        check_folder(given)
+        return given
+    return None if args.no_cache or recipe.base == "mini" else find_cache()
 
 
 def named_files(recipe: Recipe) -> list[Path]:
@@ -218,23 +249,38 @@ def named_files(recipe: Recipe) -> list[Path]:
     return continued + [parse_lora(text).file for text in recipe.merge]
 
 
+def leave_out_held(cuts: Cuts, recipe: Recipe) -> Cuts:
+    """The cuts with no repeats of the pictures that are held out. Raises: DataError where that leaves none, or all."""
+    if not recipe.validation_share or not cuts.repeats:
+        return cuts
+    from .training.validation import Validation
+
+    return replace(cuts, repeats=tuple(Validation.of(recipe, len(cuts.repeats)).learnt(list(cuts.repeats))))
+
+
 def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     """Prints what training would do, having checked all that it would check first."""
+    from .data.buckets import describe_crops, plan_cuts, read_bucketing
     from .data.folder import scan_folder
+    from .data.variants import describe_wordings, list_wordings
 
-    examples = scan_folder(data, recipe.trigger)
+    examples = scan_folder(data, recipe.trigger, caption_lines=recipe.caption_lines)
     from .bases.facts import read_base_facts
 
     check_files(named_files(recipe))
     check_output(out, named_files(recipe))
     side_px = recipe.resolution or read_base_facts(recipe.base, recipe.prediction).resolution_px
-    shown = sum(e.repeats for e in examples)
     images = recipe.steps * recipe.images_per_step
     run = out.with_suffix(".run")
+    cuts = leave_out_held(plan_cuts(examples, read_bucketing(recipe, side_px)), recipe)
+    shown = sum(cuts.repeats)
+    wordings = list_wordings([e.caption for e in examples], recipe)
     lines = [
         f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",
-        f"an epoch     {shown} images, with repeats",
+        *(f"captions     {line}" for line in describe_wordings(wordings, recipe)),
+        f"an epoch     {shown} images, with repeats" + (", without those held out" if recipe.validation_share else ""),
         f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),
+        *(f"cut          {line}" for line in cuts.describe(recipe.images_per_step) + describe_crops(recipe)),
         f"length       {recipe.steps} steps x {recipe.images_per_step} = {images} images, {images / shown:.1f} epochs",
         f"writes       {out}",
         f"run folder   {run}" + (" (exists: goes on there if it holds the same run)" if run.exists() else ""),

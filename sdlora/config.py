@@ -6,14 +6,15 @@ import ast
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from .agreement import check_agreement
 from .errors import ConfigError
-from .targets import check_block_ranks, check_blocks, check_targets
-from .values import parse_lora, read_toml, show, suggest, to_toml, typed
+from .limits import LIMITS
+from .values import read_toml, show, suggest, to_toml, typed
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,48 @@ class Recipe:
     """LoRA file to start from instead of from nothing: the same targets and ranks are needed."""
     merge: tuple[str, ...] = ()
     """LoRA, FILE or FILE:WEIGHT, to merge into the base before training; may be given several times."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedule-free"] = "adamw"
+    """What turns gradients into steps; all but adamw and adafactor need the extra sdlora[optimizers]."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; lion wants a tenth of adamw's; prodigy finds its own times this, which is 1 if not given."""
     lora_plus_ratio: float = 1.0
     """LoRA+: the up factors' learning rate is this many times the down factors'; 16 is usual, 1 turns it off."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up: falls along a cosine to 0, or stays."""
+    schedule: Literal["cosine", "constant", "linear", "cosine-restarts", "polynomial"] = "cosine"
+    """What the learning rate does after the warm-up: falls along a cosine, several, a line or a power, or stays."""
+    schedule_cycles: int = 3
+    """Cosines one after the other in schedule cosine-restarts."""
+    schedule_power: float = 2.0
+    """Power of schedule polynomial; 1 is a line."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises from 0; if not given, at most a fifth of the steps."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer."""
+    loss: Literal["l2", "huber"] = "l2"
+    """The error that is made small: squared, or pseudo-Huber, which grows slower where a picture is unlike the rest."""
+    huber_c: float = 0.1
+    """Errors well above this count by their size and not their square; with a schedule, at the noisiest step."""
+    huber_schedule: Literal["exponential", "snr", "constant"] = "exponential"
+    """How that bound falls from 1 with the noise: exponentially, with the signal-to-noise ratio, or not at all."""
+    weighting: Literal["min-snr", "debiased", "none"] = "min-snr"
+    """How the error of a step is weighed by its noise: min-SNR, debiased estimation, or all alike."""
     min_snr_gamma: float = 5.0
     """Caps the weight of low-noise steps in the loss (min-SNR weighting); 0 turns it off."""
+    noise_offset: float = 0.0
+    """Shifts the noise of each channel by this much at random, so that dark and bright pictures are learnt."""
+    pyramid_noise: int = 0
+    """Levels of coarser noise added to the noise, each two to four times as coarse as the one before; 0 adds none."""
+    pyramid_discount: float = 0.3
+    """How strong each level of pyramid noise is, compared to the level before."""
+    input_perturbation: float = 0.0
+    """More noise in what the base sees than in what it has to predict, by this share; 0.1 is usual."""
+    t_min: float = 0.0
+    """Trains only steps with at least this share, 0 to 1, of the noise schedule; 0 is no noise."""
+    t_max: float = 1.0
+    """Trains only steps up to this share, 0 to 1, of the noise schedule; 1 is all noise."""
+    t_bias: Literal["uniform", "logit-normal", "early", "late"] = "uniform"
+    """Steps of the noise schedule that are trained more: none, the middle, early (little noise), late (much noise)."""
+    ema_decay: float = 0.0
+    """The file holds the factors' running average, which keeps this much of itself at a step, as 0.99; 0: off."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm when they are longer."""
     caption_dropout: float = 0.1
@@ -87,6 +118,30 @@ class Recipe:
     """Mirrors half of the pictures; turn it off where left and right matter."""
     resolution: int | None = None
     """Side in pixels that pictures are scaled and centre-cropped to, a multiple of 8. Without it: the base's own."""
+    buckets: bool = False
+    """Cuts each picture to the size, of several with about the same area, that keeps most of it, not to the square."""
+    bucket_step_px: int | None = None
+    """The buckets' sides are multiples of this. Without it: 64, or a quarter of a resolution below 256."""
+    max_aspect: float = 2.0
+    """The longest bucket's long side is at most this many times its short one."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where what does not fit is cut away: the centre stays, or a place drawn for each of a picture's crops."""
+    crops: int = 1
+    """Random crops that are made of each picture; each showing draws one."""
+    upscale: bool = False
+    """Scales pictures up that are too small for every bucket; without it they get smaller buckets."""
+    caption_lines: bool = False
+    """Every line of a caption file is a caption of its own, and each showing of the picture draws one."""
+    caption_variants: int = 1
+    """Wordings made of each caption by shuffle_tags, tag_dropout and wildcards; each showing draws one."""
+    shuffle_tags: bool = False
+    """Puts the tags, which commas part, in another order in each variant of a caption."""
+    keep_tags: int = 0
+    """First tags that are neither shuffled nor left out, the trigger not counted."""
+    tag_dropout: float = 0.0
+    """Share of the tags, 0 to 1, that each variant of a caption leaves out."""
+    wildcards: bool = False
+    """Draws one option of each {a|b} in a caption for each variant of it."""
     seed: int = 0
     """Seed of every random draw: the same seed on the same machine makes the same bytes."""
     max_chunks: int = 1
@@ -107,32 +162,17 @@ class Recipe:
     """Prompt to draw during the run, always from the same noise; may be given several times."""
     preview_every: int = 0
     """Steps between previews; 0 draws them only at the end."""
+    validation_share: float = 0.0
+    """Share of pictures, 0 to 1, that are not learnt but measured, always with the same noise, to see overfitting."""
+    validate_every: int = 50
+    """Steps between two measurements of the validation loss; the last step is always measured."""
     checkpoint_every: int = 100
     """Steps between saved states that a stopped run goes on from; 0 saves only when it stops."""
 
     def __post_init__(self) -> None:
         for name in FIELDS:
             object.__setattr__(self, name, check_value(name, getattr(self, name)))
-        for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
-            if getattr(self, name) is not None and not self.text_encoder:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)} has no use while "
-                    "text_encoder = false; set text_encoder = true (--text-encoder) or leave it out"
-                )
-        check_targets(self.targets)
-        check_blocks(self.blocks)
-        check_block_ranks(self.block_ranks)
-        for text in self.merge:
-            parse_lora(text)
-        if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ConfigError(
-                "zero_terminal_snr = true needs a base that predicts velocity; "
-                'set prediction = "v" (--prediction v) or leave it out'
-            )
-        if self.preview_every and not self.preview:
-            raise ConfigError(
-                f"preview_every = {self.preview_every} has nothing to draw; give a prompt with preview (--preview)"
-            )
+        check_agreement(self)
 
     @property
     def scale_alpha(self) -> float:
@@ -158,40 +198,8 @@ class Recipe:
 FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
 """Each field's name and type."""
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
-UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every", "continue_from", "merge"})
+UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge"})
 """Fields that do not change what is learnt; of a file that they name, the contents decide, and not the path."""
-
-_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "base": (bool, "name a base, such as mini"),
-    "steps": (lambda v: 1 <= v <= 10_000_000, "give 1 or more, such as 300"),
-    "batch_size": (lambda v: 1 <= v <= 4096, "give 1 to 4096, such as 8"),
-    "accumulation": (lambda v: 1 <= v <= 4096, "give 1 to 4096"),
-    "rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, such as 8"),
-    "alpha": (lambda v: v > 0, "give a number above 0, or leave it out to use the rank"),
-    "learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.001"),
-    "text_encoder_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
-    "text_encoder_2_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
-    "conv_rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, or leave it out to use the rank"),
-    "conv_alpha": (lambda v: v > 0, "give a number above 0, or leave it out"),
-    "dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
-    "rank_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
-    "module_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
-    "max_norm": (lambda v: v >= 0, "give a number above 0, such as 1, or 0 to turn it off"),
-    "lora_plus_ratio": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 16, or 1 to turn it off"),
-    "merge": (lambda v: all(x.strip() for x in v), "leave out the empty name"),
-    "warmup_steps": (lambda v: 0 <= v <= 10_000_000, "give 0 or more"),
-    "weight_decay": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.01"),
-    "min_snr_gamma": (lambda v: v >= 0, "give a number above 0, such as 5, or 0 to turn it off"),
-    "max_grad_norm": (lambda v: v > 0, "give a number above 0, such as 1"),
-    "caption_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
-    "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),
-    "max_chunks": (lambda v: 1 <= v <= 16, "give 1 to 16, such as 3 for 225 tokens"),
-    "clip_skip": (lambda v: 0 <= v <= 30, "give 0 to 30, such as 1 to read the layer before the last"),
-    "seed": (lambda v: 0 <= v < 2**63, "give a whole number from 0 to 2^63 - 1"),
-    "preview": (lambda v: all(p.strip() for p in v), "leave out the empty prompt"),
-    "preview_every": (lambda v: v >= 0, "give 0 or more"),
-    "checkpoint_every": (lambda v: v >= 0, "give 0 or more"),
-}
 
 
 def check_value(name: str, value: Any) -> Any:
@@ -200,20 +208,22 @@ def check_value(name: str, value: Any) -> Any:
     Raises: ConfigError for another type, NaN, infinity, or a value out of range.
     """
     value = typed(name, FIELDS[name], value, DEFAULTS[name])
-    fits, fix = _LIMITS.get(name, (lambda _: True, ""))
+    fits, fix = LIMITS.get(name, (lambda _: True, ""))
     if value is not None and not fits(value):
         raise ConfigError(f"{name} = {show(value)} is out of range; {fix}")
     return value
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A Recipe from some of its values, the rest at their defaults.
+    """A Recipe from some of its values, the rest at their defaults; a few of these hang on the values given.
 
     Raises: ConfigError for an unknown key (with the nearest known one) or a value that cannot be used.
     """
     for key in values:
         if key not in FIELDS:
             raise ConfigError(f"unknown key {key}{suggest(key, FIELDS) or '; known are ' + ', '.join(FIELDS)}")
+    if values.get("optimizer") == "prodigy" and "learning_rate" not in values:
+        values = {**values, "learning_rate": 1.0}
     recipe = Recipe(**values)
     if "warmup_steps" not in values and recipe.warmup_steps > recipe.steps // 5:
         recipe = Recipe(**{**values, "warmup_steps": recipe.steps // 5})

@@ -18,16 +18,26 @@ RECIPE_GROUPS = {
         "base", "prediction", "zero_terminal_snr", "trigger", "resolution", "flip", "caption_dropout", "max_chunks",
         "clip_skip", "text_encoder",
     ),
+    "what becomes of captions": (
+        "caption_lines", "caption_variants", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards",
+    ),
+    "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "crop", "crops"),
     "what is adapted, and how": (
         "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
         "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",
     ),
     "length and speed": ("steps", "batch_size", "accumulation", "precision", "seed"),
     "learning": (
-        "learning_rate", "lora_plus_ratio", "text_encoder_learning_rate", "text_encoder_2_learning_rate", "schedule",
-        "warmup_steps", "weight_decay", "min_snr_gamma", "max_grad_norm",
+        "optimizer", "learning_rate", "lora_plus_ratio", "text_encoder_learning_rate", "text_encoder_2_learning_rate",
+        "schedule", "schedule_cycles", "schedule_power", "warmup_steps", "weight_decay", "ema_decay", "max_grad_norm",
     ),
-    "previews and checkpoints": ("preview", "preview_every", "checkpoint_every"),
+    "what is made small": (
+        "loss", "huber_c", "huber_schedule", "weighting", "min_snr_gamma", "noise_offset", "pyramid_noise",
+        "pyramid_discount", "input_perturbation", "t_min", "t_max", "t_bias",
+    ),
+    "previews, validation and checkpoints": (
+        "preview", "preview_every", "validation_share", "validate_every", "checkpoint_every",
+    ),
 }  # fmt: skip
 _METAVARS = {
     "base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT", "targets": "NAMES", "blocks": "BLOCKS",

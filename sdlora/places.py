@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -50,3 +51,9 @@ def check_folder(folder: Path, out: Path | None = None) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{out} cannot be written ({reason}); choose another --out") from None
+
+
+def find_cache() -> Path:
+    """Where encoded pictures and captions are kept between runs: `$SDLORA_CACHE`, else `~/.cache/sdlora`."""
+    given = os.environ.get("SDLORA_CACHE", "")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "sdlora"

@@ -21,12 +21,14 @@ def train(
     out: str | Path | None = None,
     device: str = "auto",
     restart: bool = False,
+    cache: str | Path | None = None,
     **recipe: Any,
 ) -> Adapter:
     """Teaches the base the pictures of a folder; the keywords are the fields of `Recipe`.
 
     With `out`, a `.safetensors` file, the run's folder is kept beside it and the same call goes on where it stopped;
-    without it nothing is left on the disk. A Base that is given stays as it was, and decides the precision and device.
+    without it nothing is left on the disk. `cache` is a folder that keeps encoded pictures and captions between runs.
+    A Base that is given stays as it was, and decides the precision and device.
 
     Raises: SdloraError for a folder, a keyword or a base that cannot be used; RunInterrupted after Ctrl-C.
     """
@@ -39,14 +41,22 @@ def train(
             prediction=named.prediction,
             zero_snr=named.zero_terminal_snr,
         )
-        return _train(folder, merge_for_good(loaded, named.merge), named, out, restart)
+        return _train(folder, merge_for_good(loaded, named.merge), named, out, restart, cache)
     base = with_schedule(base, None if named.prediction == "auto" else named.prediction, named.zero_terminal_snr)
     with merged_for_a_while(base, named.merge) as merged:
-        return _train(folder, merged, named, out, restart)
+        return _train(folder, merged, named, out, restart, cache)
 
 
-def _train(folder: str | Path, base: Base, recipe: Recipe, out: str | Path | None, restart: bool) -> Adapter:
+def _train(
+    folder: str | Path,
+    base: Base,
+    recipe: Recipe,
+    out: str | Path | None,
+    restart: bool,
+    cache: str | Path | None,
+) -> Adapter:
+    options: dict[str, Any] = {"restart": restart, "cache": None if cache is None else Path(cache)}
     if out is not None:
-        return train_adapter(Path(folder), base, recipe, Path(out), restart=restart)
+        return train_adapter(Path(folder), base, recipe, Path(out), **options)
     with tempfile.TemporaryDirectory() as place:
-        return train_adapter(Path(folder), base, recipe, Path(place) / "lora.safetensors", restart=restart)
+        return train_adapter(Path(folder), base, recipe, Path(place) / "lora.safetensors", **options)

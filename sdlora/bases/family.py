@@ -89,6 +89,10 @@ class Base:
         """
         return self.family.encode_text(self, ids, clip_skip, weights)
 
+    def take_text(self, states: Tensor, pooled: Tensor | None = None) -> Text:
+        """Text that was encoded before, from its tensors."""
+        return Text(states, pooled)
+
     def check_clip_skip(self, clip_skip: int) -> None:
         """Raises: ConfigError where it leaves a text encoder no layer."""
         most = self.family.most_clip_skip(self)

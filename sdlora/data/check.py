@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
+from .buckets import Cuts
 from .folder import Problem, Survey
+from .likeness import group_alike
 
 Counter = Callable[[list[str]], tuple[list[int], int]]
 """Captions -> each one's length in tokens, and how many tokens the base reads."""
 
 
-def write_report(survey: Survey, resolution_px: int | None, count_tokens: Counter | None) -> dict[str, Any]:
-    """The document of `check --json`; what needs a base that is not there is None or empty."""
+def write_report(
+    survey: Survey,
+    cuts: Cuts | None,
+    count_tokens: Counter | None,
+    steps: int = 0,
+    images_per_step: int = 1,
+    wordings: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """The document of `check --json`; what needs a base that is not there is None or empty.
+
+    steps and images_per_step are the recipe's; wordings is what each caption is read as, if not as it stands.
+    """
     truncated = None
     if count_tokens is not None:
-        lengths, limit = count_tokens([e.caption for e in survey.examples])
+        wordings = wordings or [[e.caption] for e in survey.examples]
+        lengths, limit = count_tokens([wording for own in wordings for wording in own])
+        rest = iter(lengths)
+        longest = [max(islice(rest, len(own))) for own in wordings]
         truncated = [
             {"file": e.name, "tokens": n, "limit": limit}
-            for e, n in zip(survey.examples, lengths, strict=True)
+            for e, n in zip(survey.examples, longest, strict=True)
             if n > limit
         ]
-    buckets = {f"{resolution_px}x{resolution_px}": len(survey.examples)} if resolution_px and survey.examples else {}
+    buckets = {f"{w}x{h}": len(cuts.members((w, h))) for w, h in cuts.sizes} if cuts else {}
+    shown = sum(cuts.repeats) if cuts else sum(e.repeats for e in survey.examples)
     return {
         "pictures": survey.pictures,
         "captions": survey.captions,
         "problems": [asdict(problem) for problem in survey.problems],
         "truncated": truncated,
         "duplicates": find_duplicates(survey),
+        "near_duplicates": find_near_duplicates(survey),
         "buckets": buckets,
-        "images_per_epoch": sum(e.repeats for e in survey.examples),
+        "cut_away": {name: round(cut.lost, 4) for name, cut in zip(cuts.names, cuts.cuts, strict=True) if cut.lost}
+        if cuts
+        else {},
+        "images_per_epoch": shown,
+        "steps": steps,
+        "epochs": round(steps * images_per_step / shown, 2) if shown else None,
     }
 
 
@@ -42,17 +65,27 @@ def find_duplicates(survey: Survey) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def list_report(report: dict[str, Any], different_captions: int) -> list[str]:
+def find_near_duplicates(survey: Survey) -> list[list[str]]:
+    """Groups of pictures that look alike but are not the same; of equal ones the first stands for all."""
+    first = {pixels: name for name, pixels in reversed(survey.pixels.items())}
+    return group_alike({name: look for name, look in survey.looks.items() if first[survey.pixels[name]] == name})
+
+
+def list_report(report: dict[str, Any], different_captions: int, cut_lines: Sequence[str] = ()) -> list[str]:
     """The same document as lines for a person."""
     lines = [
         f"pictures          {report['pictures']}",
         f"captions          {report['captions']} ({different_captions} different)",
         f"images an epoch   {report['images_per_epoch']}",
     ]
+    if report["epochs"] is not None:
+        lines.append(f"steps             {report['steps']}, which are {report['epochs']:g} epochs")
     lines += [f"trained at        {size}: {n}" for size, n in report["buckets"].items()]
+    lines += [f"cut               {line}" for line in cut_lines]
     for row in report["truncated"] or []:
         lines.append(f"caption too long  {row['file']}: {row['tokens']} tokens, the base reads {row['limit']}")
     lines += [f"same picture      {', '.join(names)}" for names in report["duplicates"]]
+    lines += [f"nearly the same   {', '.join(names)}" for names in report["near_duplicates"]]
     lines += [f"problem           {p['file']}: {p['problem']}; {p['fix']}" for p in report["problems"]]
     if not report["problems"]:
         lines.append("ready to train")

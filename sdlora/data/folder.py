@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .captions import add_trigger, clean_caption, decode_caption
+from .likeness import Look, look_at
 from .metadata import METADATA, Rows, read_rows
 from .picture import decode_picture, fit_picture, read_picture, strict_warnings
 
@@ -32,6 +33,8 @@ class Example:
     name: str
     caption: str
     repeats: int
+    size_px: tuple[int, int] = (0, 0)
+    """Width and height, turned as its EXIF says; 0, 0 where nobody looked."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,22 @@ class Survey:
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     pixels: dict[str, str] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
+    """What nearly equal pictures have nearly in common, by name."""
     pictures: int = 0
     """How many files are there that should be pictures."""
     captions: int = 0
     """How many pictures have a caption of their own."""
 
 
-def scan_folder(folder: str | Path, trigger: str = "") -> list[Example]:
+def scan_folder(folder: str | Path, trigger: str = "", *, caption_lines: bool = False) -> list[Example]:
     """The folder's pictures with their captions, sorted by name, each decoded once to be sure of it.
+
+    With caption_lines, the lines of a caption stay apart.
 
     Raises: DataError, one line that lists every problem of the folder.
     """
-    survey = survey_folder(folder, trigger)
+    survey = survey_folder(folder, trigger, caption_lines=caption_lines)
     if survey.problems:
         raise DataError(describe_problems(survey.folder, survey.problems))
     return survey.examples
@@ -79,11 +86,11 @@ def describe_problems(folder: Path, problems: list[Problem]) -> str:
     return f"{folder}: {'; '.join(parts)}"
 
 
-def survey_folder(folder: str | Path, trigger: str = "") -> Survey:
+def survey_folder(folder: str | Path, trigger: str = "", *, caption_lines: bool = False) -> Survey:
     """Looks at everything in a data folder; a problem is noted, never raised, so that all are found at once."""
     survey = Survey(Path(folder))
     trigger = clean_caption(trigger)
-    found = _Finder(survey, trigger)
+    found = _Finder(survey, trigger, caption_lines)
     if not found.open_root():
         return survey
     found.walk()
@@ -95,17 +102,19 @@ def survey_folder(folder: str | Path, trigger: str = "") -> Survey:
     rows_left = [where for rows in found.rows.values() for where in rows.name_nothing(p.path for p in found.pictures)]
     for file, named in rows_left:
         _note(survey, file, f"names {named}, which is no picture here", "correct the name or delete the row")
-    for picture, (pixels, problem) in zip(found.pictures, _check_pictures(found.pictures), strict=True):
+    for picture, (seen, problem) in zip(found.pictures, _check_pictures(found.pictures), strict=True):
         caption = captions[picture.name]
         if problem:
             _note(survey, picture.name, *problem)
         if caption == "" and not trigger:
             _note(survey, picture.name, "has no caption", _ADD_CAPTION)
         survey.captions += bool(caption)
-        if problem or caption is None or (caption == "" and not trigger):
+        if seen is None or caption is None or (caption == "" and not trigger):
             continue
-        survey.pixels[picture.name] = pixels
-        survey.examples.append(Example(picture.path, picture.name, add_trigger(caption, trigger), picture.repeats))
+        survey.pixels[picture.name] = seen.pixels
+        survey.looks[picture.name] = seen.look
+        caption = add_trigger(caption, trigger)
+        survey.examples.append(Example(picture.path, picture.name, caption, picture.repeats, seen.size_px))
     return survey
 
 
@@ -144,9 +153,10 @@ class _Picture:
 class _Finder:
     """One walk through a folder: its pictures, caption files and metadata rows."""
 
-    def __init__(self, survey: Survey, trigger: str) -> None:
+    def __init__(self, survey: Survey, trigger: str, caption_lines: bool) -> None:
         self.survey = survey
         self.trigger = trigger
+        self.lines = caption_lines
         self.root = survey.folder
         self.pictures: list[_Picture] = []
         self.texts: dict[Path, Path] = {}
@@ -225,7 +235,7 @@ class _Finder:
             if path is None:
                 continue
             try:
-                caption = decode_caption(path.read_bytes())
+                caption = decode_caption(path.read_bytes(), lines=self.lines)
                 if caption or self.trigger:
                     return caption
                 _note(self.survey, self.name(path), "is empty", "write a caption in it, or give --trigger")
@@ -236,21 +246,32 @@ class _Finder:
             return None
         for folder in (picture.path.parent, *picture.path.parent.parents):
             if folder in self.rows and picture.path in self.rows[folder].captions:
-                return self.rows[folder].captions[picture.path]
+                caption = self.rows[folder].captions[picture.path]
+                return caption if self.lines else clean_caption(caption)
             if folder == self.root:
                 break
         return ""
 
 
-def _check_pictures(pictures: list[_Picture]) -> Iterator[tuple[str, tuple[str, str] | None]]:
-    """Decodes every picture once, in a few threads: its pixels' SHA-256, and a problem and its fix where it fails."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a decoded picture is: its pixels' SHA-256, its look, its width and height."""
 
-    def check(picture: _Picture) -> tuple[str, tuple[str, str] | None]:
+    pixels: str
+    look: Look
+    size_px: tuple[int, int]
+
+
+def _check_pictures(pictures: list[_Picture]) -> Iterator[tuple[_Seen | None, tuple[str, str] | None]]:
+    """Decodes every picture once, in a few threads: what it is, or a problem and its fix where it fails."""
+
+    def check(picture: _Picture) -> tuple[_Seen | None, tuple[str, str] | None]:
         try:
             image = decode_picture(picture.path)
         except ValueError as error:
-            return "", (str(error.args[0]), str(error.args[1]))
-        return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest(), None
+            return None, (str(error.args[0]), str(error.args[1]))
+        pixels = hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
+        return _Seen(pixels, look_at(image), image.size), None
 
     with strict_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         yield from pool.map(check, pictures)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .captions import clean_caption
+from .captions import clean_lines
 
 METADATA = "metadata.jsonl"
 _ROW_FIX = 'write {"file_name": "a.png", "text": "a caption"} on each line'
@@ -15,7 +15,7 @@ _ROW_FIX = 'write {"file_name": "a.png", "text": "a caption"} on each line'
 
 @dataclass
 class Rows:
-    """The captions of one metadata file by picture, its problems (file, problem, fix), and where each row stands."""
+    """One metadata file: its captions by picture, lines apart, its problems (file, problem, fix), its rows' places."""
 
     captions: dict[Path, str] = field(default_factory=dict)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
@@ -72,7 +72,7 @@ def _read_row(line: str) -> tuple[str, str]:
         raise ValueError(f"names the absolute path {name}", "name the picture relative to the metadata file")
     if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"climbs out of the folder with {name}", "name the picture relative to the metadata file")
-    return name, clean_caption(caption)
+    return name, clean_lines(caption)
 
 
 def _is_unicode(text: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import DataError
+from .buckets import Cut, plan_cut
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _WHITE = (255, 255, 255, 255)
@@ -75,14 +76,14 @@ def decode_picture(path: Path) -> Image.Image:
 
 def fit_picture(image: Image.Image, resolution_px: int) -> Image.Image:
     """The centre square of an RGB picture, scaled to resolution_px a side (Lanczos); its shorter side is kept whole."""
-    w, h = image.size
-    side = min(w, h)
-    left, top = (w - side) // 2, (h - side) // 2
+    return cut_picture(image, plan_cut(image.size, (resolution_px, resolution_px)))
+
+
+def cut_picture(image: Image.Image, cut: Cut) -> Image.Image:
+    """The part of an RGB picture that its cut keeps, scaled to the cut's size (Lanczos)."""
     # Crop before scaling: a picture of 1 x 60000 would otherwise grow to gigabytes on the way.
-    square = image.crop((left, top, left + side, top + side))
-    if side == resolution_px:
-        return square
-    return square.resize((resolution_px, resolution_px), Image.Resampling.LANCZOS)
+    part = image.crop(cut.box)
+    return part if part.size == cut.size else part.resize(cut.size, Image.Resampling.LANCZOS)
 
 
 class UnsupportedMode(Exception):

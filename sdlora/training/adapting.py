@@ -12,6 +12,7 @@ from ..bases.family import Base
 from ..config import Recipe
 from ..errors import ConfigError
 from ..targets import BLOCK_SETS, BLOCK_SETS_FAMILY
+from .settings import describe_learning
 
 
 def attach_layers(base: Base, recipe: Recipe) -> LoraLayers:
@@ -65,7 +66,7 @@ def check_base(base: Base, recipe: Recipe) -> None:
 
 
 def describe_settings(recipe: Recipe) -> list[str]:
-    """A few words for each setting of how the layers learn that is not the default."""
+    """A few words for each setting of what is adapted, and how it learns, that is not the default."""
     lines = [f"up factors learn {recipe.lora_plus_ratio:g} times as fast"] if recipe.lora_plus_ratio != 1 else []
     if recipe.text_encoder and (recipe.text_encoder_rate, recipe.text_encoder_2_rate) != (recipe.learning_rate,) * 2:
         rates = f"{recipe.text_encoder_rate:g}"
@@ -74,7 +75,8 @@ def describe_settings(recipe: Recipe) -> list[str]:
         lines.append(f"text encoder's learning rate {rates}")
     lines += [f"changes limited to a norm of {recipe.max_norm:g}"] if recipe.max_norm else []
     lines += [f"continues {Path(recipe.continue_from).name}"] if recipe.continue_from else []
-    return lines + ([f"{len(recipe.merge)} LoRAs merged into the base"] if recipe.merge else [])
+    lines += [f"{len(recipe.merge)} LoRAs merged into the base"] if recipe.merge else []
+    return lines + describe_learning(recipe)
 
 
 def name_sources(base: Base, recipe: Recipe) -> dict[str, Any]:

@@ -6,10 +6,15 @@ A resumed run, or one that cuts its steps into other micro-batches, therefore ma
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .noise import NoiseShape, Times
 
 
 def generator(seed: int, step: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -22,26 +27,70 @@ def generator(seed: int, step: int, purpose: str, index: int = 0) -> torch.Gener
 
 
 class Order:
-    """Which picture is the n-th sample of a run: epochs that each show every picture `repeats` times, shuffled anew."""
+    """Which picture is the n-th sample of a run: epochs that each show every picture `repeats` times, shuffled anew.
 
-    def __init__(self, seed: int, repeats: list[int]) -> None:
-        self.seed = seed
-        self.pictures = torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats))  # [samples of an epoch]
+    Pictures of different buckets never share a step, which has `together` samples. So each bucket has its own epochs:
+    what is left of one at the end of a step opens the bucket's next step, and nothing is dropped or shown for another.
+    How many steps each bucket has had after an epoch of the whole folder is its due, to the nearest step.
+    """
+
+    def __init__(self, seed: int, repeats: list[int], buckets: Sequence[int] | None = None, together: int = 1) -> None:
+        """`buckets` is each picture's bucket, 0 … without a gap; None puts all in one."""
+        self.seed, self.together = seed, together
         self.count = len(repeats)
-        self._epoch = -1
-        self._shuffled = self.pictures
+        pictures = torch.arange(self.count).repeat_interleave(torch.tensor(repeats))
+        bucket = torch.zeros(self.count, dtype=torch.int64) if buckets is None else torch.tensor(buckets)
+        last = int(bucket.max()) if self.count else 0
+        self.pictures = [pictures[bucket[pictures] == b] for b in range(last + 1)]  # by bucket: its epoch's samples
+        self._shuffled: dict[int, tuple[int, Tensor]] = {}
+        self._turns: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        return len(self.pictures)
+        return sum(map(len, self.pictures))
 
     def picture(self, sample: int) -> int:
         """The picture of a run's sample, counted from 0 over all epochs."""
-        epoch, place = divmod(sample, len(self))
-        if epoch != self._epoch:
-            self._shuffled = self.pictures[torch.randperm(len(self), generator=generator(self.seed, epoch, "order"))]
-            self._epoch = epoch
-        return int(self._shuffled[place])
+        step, place = divmod(sample, self.together)
+        bucket, turn = self._find_turn(step)
+        epoch, place = divmod(turn * self.together + place, len(self.pictures[bucket]))
+        if self._shuffled.get(bucket, (-1,))[0] != epoch:
+            drawn = generator(self.seed, epoch, "order", bucket)
+            pictures = self.pictures[bucket]
+            self._shuffled[bucket] = epoch, pictures[torch.randperm(len(pictures), generator=drawn)]
+        return int(self._shuffled[bucket][1][place])
+
+    def bucket(self, sample: int) -> int:
+        """The bucket that a run's sample, and all of its step, is from."""
+        return self._find_turn(sample // self.together)[0]
+
+    def _find_turn(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps the bucket had before."""
+        if len(self.pictures) == 1:
+            return 0, step
+        high = 1
+        while self._steps_until(high) <= step:
+            high *= 2
+        low = 0
+        while high - low > 1:  # the epoch is the last one that begins at or before the step
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._steps_until(middle) <= step else (low, middle)
+        if self._turns[0] != low:
+            had = [self._due(b, low) for b in range(len(self.pictures))]
+            due = [b for b, before in enumerate(had) for _ in range(self._due(b, low + 1) - before)]
+            turns = []
+            for i in torch.randperm(len(due), generator=generator(self.seed, low, "buckets")).tolist():
+                turns.append((due[i], had[due[i]]))
+                had[due[i]] += 1
+            self._turns = low, turns
+        return self._turns[1][step - self._steps_until(low)]
+
+    def _steps_until(self, epoch: int) -> int:
+        return sum(self._due(bucket, epoch) for bucket in range(len(self.pictures)))
+
+    def _due(self, bucket: int, epoch: int) -> int:
+        """The bucket's steps in all epochs before this one, to the nearest, halves up."""
+        return (2 * epoch * len(self.pictures[bucket]) + self.together) // (2 * self.together)
 
 
 @dataclass(frozen=True)
@@ -49,11 +98,12 @@ class Draws:
     """What chance decides for one micro-batch of B samples; all on the CPU."""
 
     picture: Tensor  # int64 [B]
-    mirror: Tensor  # int64 [B]: 0 plain, 1 mirrored
+    mirror: Tensor  # int64 [B]: the view, which is the crop, and as many more as there are crops where it is mirrored
     caption: Tensor  # int64 [B]: the picture's row, or the empty caption's
     posterior: Tensor  # float32 [B, *latent]: standard normal
-    noise: Tensor  # float32 [B, *latent]: standard normal
+    noise: Tensor  # float32 [B, *latent]: standard normal, where the recipe shapes it no other way
     t: Tensor  # int64 [B]
+    added: Tensor  # float32 [B, *latent]: the noise in the picture; `noise`, but with input perturbation more
 
 
 @dataclass(frozen=True)
@@ -64,27 +114,43 @@ class Chances:
     latent: tuple[int, ...]
     """The shape of one latent, (4, H/8, W/8)."""
     timesteps: int
-    """t is uniform in 0 .. timesteps - 1."""
+    """t is in 0 .. timesteps - 1, uniform where `times` says nothing else."""
     caption_dropout: float
     """The share of samples that train without a caption, for guidance."""
     flip: bool
+    times: Times = field(default_factory=Times)
+    shape: NoiseShape = field(default_factory=NoiseShape)
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """The shape of one latent of each bucket, where there are several."""
+    wordings: tuple[int, ...] = ()
+    """How many wordings of its caption each picture has, their rows one after the other; () is one each."""
+    crops: int = 1
+    """Crops of each picture; all are as likely."""
 
     def draw(self, step: int, batch_size: int, micro: int = 0, accumulation: int = 1) -> Draws:
         """The draws of one micro-batch; they hang on a sample's place in its step, not on how the step is cut."""
-        seed, empty = self.order.seed, self.order.count  # the row after the last picture's is the empty caption's
+        seed, counts = self.order.seed, self.wordings or (1,) * self.order.count
+        first = [0, *itertools.accumulate(counts)]  # each picture's first row; the one after all is the empty caption
         rows: list[tuple[int, int, int, int]] = []
-        posterior, noise = (torch.empty(batch_size, *self.latent) for _ in range(2))
+        latent = self.shapes[self.order.bucket(step * batch_size * accumulation)] if self.shapes else self.latent
+        posterior, noise, added = (torch.empty(batch_size, *latent) for _ in range(3))
         for i in range(batch_size):
             place = micro * batch_size + i
             picture = self.order.picture(step * batch_size * accumulation + place)
             mirror = self.flip and _uniform(seed, step, "flip", place) < 0.5
             dropped = _uniform(seed, step, "caption", place) < self.caption_dropout
-            t = torch.randint(self.timesteps, (), generator=generator(seed, step, "timestep", place))
-            rows.append((picture, int(mirror), empty if dropped else picture, int(t)))
+            wording = int(_uniform(seed, step, "wording", place) * counts[picture]) if counts[picture] > 1 else 0
+            caption = first[-1] if dropped else first[picture] + wording
+            t = self.times.draw(self.timesteps, generator(seed, step, "timestep", place))
+            crop = int(_uniform(seed, step, "crop", place) * self.crops) if self.crops > 1 else 0
+            rows.append((picture, int(mirror) * self.crops + crop, caption, t))
             posterior[i].normal_(generator=generator(seed, step, "posterior", place))
             noise[i].normal_(generator=generator(seed, step, "noise", place))
-        picture_, mirror_, caption, t_ = torch.tensor(rows).unbind(1)
-        return Draws(picture_, mirror_, caption, posterior, noise, t_)
+            address = partial(generator, seed, step, index=place)
+            self.shape.shape(noise[i], address)
+            added[i] = self.shape.perturb(noise[i], address)
+        picture_, mirror_, caption_, t_ = torch.tensor(rows).unbind(1)
+        return Draws(picture_, mirror_, caption_, posterior, noise, t_, added)
 
 
 def _uniform(seed: int, step: int, purpose: str, index: int) -> float:

@@ -64,13 +64,14 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path, *, width_px: int = 960, height_px: int = 480) -> None:
-    """Writes a PNG of the loss over the steps: each step's thin, the smoothed one thick, with axes and labels."""
+    """Writes a PNG of the loss over the steps: each step's thin, the smoothed one thick, validation's with dots."""
     points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
     if not points:
         return
     steps, losses = [p[0] for p in points], [p[1] for p in points]
     left, top, right, bottom = 70, 40, width_px - 20, height_px - 50
-    top_loss = _round_up(max(losses))
+    held = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+    top_loss = _round_up(max([*losses, *(p[1] for p in held)]))
     first, last = 0, max(steps)
 
     def at(step: float, loss: float) -> tuple[float, float]:
@@ -87,9 +88,14 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path, *, width_px: int = 960
     pen.line([(left, top), (left, bottom), (right, bottom)], fill="#333333")
     pen.line([at(*p) for p in points], fill="#a9c6e8", width=1)
     pen.line([at(*p) for p in zip(steps, smooth(losses), strict=True)], fill="#1f5fa8", width=3)
+    if held:
+        pen.line([at(*p) for p in held], fill="#d2691e", width=2)
+        for x, y in (at(*p) for p in held):
+            pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill="#d2691e")
+    note = "thin: each step · thick: smoothed" + (" · dots: validation" if held else "")
     pen.text(((left + right) / 2, height_px - 8), "step", fill="#333333", font=font, anchor="ms")
     pen.text((left, 12), "loss", fill="#333333", font=font, anchor="lt")
-    pen.text((right, 12), "thin: each step · thick: smoothed", fill="#333333", font=font, anchor="rt")
+    pen.text((right, 12), note, fill="#333333", font=font, anchor="rt")
     data = io.BytesIO()
     image.save(data, "PNG")
     write_atomic(path, data.getvalue())

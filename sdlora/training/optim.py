@@ -8,17 +8,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Recipe
+from .optimizers import build_optimizer
+
 _NO_DECAY = {"weight_decay": 0.0}
-_STATE = ("exp_avg", "exp_avg_sq", "step")
+_ADAMW = ("exp_avg", "exp_avg_sq", "step")
+_SET_HERE = ("params", "names", "base_lr", "lr", "weight_decay")
+"""Entries of a group that the recipe decides, and no update."""
+_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _NUMBERS}
 
 
-def rate_factor(step: int, *, schedule: str, warmup_steps: int, steps: int) -> float:
-    """The share 0..1 of the learning rate at a step counted from 0: linear warm-up, then constant or half a cosine."""
+def rate_factor(
+    step: int, *, schedule: str, warmup_steps: int, steps: int, cycles: int = 1, power: float = 1.0
+) -> float:
+    """The share 0..1 of the learning rate at a step counted from 0: linear warm-up, then what the schedule says.
+
+    constant stays at 1; cosine falls along half a cosine, cosine-restarts along `cycles` of them, each from 1 again;
+    linear and polynomial along a line and its power. All of these end at 0. Behind the warm-up the values are those of
+    diffusers' `get_scheduler`; the warm-up is one step ahead of it, so that no step is made with a rate of 0.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
     if schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "polynomial":
+        return float((1 - done) ** power)
+    if schedule == "cosine-restarts":
+        done = cycles * done % 1.0
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def schedule_of(recipe: Recipe) -> dict[str, Any]:
+    """What `rate_factor` needs to know of a recipe."""
+    return {
+        "schedule": recipe.schedule,
+        "warmup_steps": recipe.warmup_steps,
+        "steps": recipe.steps,
+        "cycles": recipe.schedule_cycles,
+        "power": recipe.schedule_power,
+    }
+
+
+def rates_of(recipe: Recipe) -> dict[str, Any]:
+    """What `make_optimizer` needs to know of a recipe."""
+    return {
+        "optimizer": recipe.optimizer,
+        "learning_rate": recipe.learning_rate,
+        "text_encoder_learning_rate": recipe.text_encoder_rate,
+        "text_encoder_2_learning_rate": recipe.text_encoder_2_rate,
+        "lora_plus_ratio": recipe.lora_plus_ratio,
+        "weight_decay": recipe.weight_decay,
+    }
 
 
 def group_factors(
@@ -51,32 +95,40 @@ def make_optimizer(
     weight_decay: float,
     text_encoder_2_learning_rate: float | None = None,
     lora_plus_ratio: float = 1.0,
-) -> torch.optim.AdamW:
-    """AdamW over float32 factors by name; those of a text encoder have their own learning rate, the second the first's.
+    optimizer: str = "adamw",
+) -> torch.optim.Optimizer:
+    """An optimizer over float32 factors by name; a text encoder's have their own learning rate, the second the first's.
 
-    Source: Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2.
+    Raises: as `build_optimizer`.
     """
     second = text_encoder_learning_rate if text_encoder_2_learning_rate is None else text_encoder_2_learning_rate
     rates = {"unet": learning_rate, "text_encoder": text_encoder_learning_rate, "text_encoder_2": second}
     groups = group_factors(factors, rates, lora_plus_ratio=lora_plus_ratio)
-    device = next(iter(factors.values())).device.type
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device in ("cpu", "cuda"))
+    return build_optimizer(optimizer, groups, weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Gives every group its learning rate times factor; returns the first group's."""
+    """Gives every group its learning rate times factor; returns the first group's, times what Prodigy found."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])
+    first = optimizer.param_groups[0]
+    return float(first["lr"] * first.get("d", 1.0))
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as named tensors, `exp_avg/<factor>` and so on; empty before the first update."""
-    flat = {}
+    """An optimizer's state as named tensors, `exp_avg/<factor>` and so on; empty before the first update.
+
+    Plain numbers say their type, `step:int/<factor>`; those of a group that are not its defaults, such as how far
+    Prodigy's learning rate is, are `d:float/group.<i>`.
+    """
+    flat: dict[str, Tensor] = {}
     for name, factor in _named(optimizer):
         for key, value in optimizer.state.get(factor, {}).items():
-            assert key in _STATE, key
-            flat[f"{key}/{name}"] = value.detach()
+            flat |= _flatten(key, name, value)
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key not in _SET_HERE and type(value) in _NUMBERS and value != optimizer.defaults.get(key):
+                flat |= _flatten(key, f"group.{i}", value)
     return flat
 
 
@@ -85,19 +137,35 @@ def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> 
 
     Raises: KeyError where it is of another set of factors.
     """
-    named = _named(optimizer)
-    strange = {key.partition("/")[2] for key in flat} - {name for name, _ in named}
+    places: dict[str, Any] = {f"group.{i}": group for i, group in enumerate(optimizer.param_groups)}
+    named = dict(_named(optimizer))
+    strange = {key.partition("/")[2] for key in flat} - named.keys() - places.keys()
     if strange:
         raise KeyError(min(strange))
-    for name, factor in named:
-        if not any(f"{key}/{name}" in flat for key in _STATE):
-            continue
-        state = {key: flat[f"{key}/{name}"].clone() for key in _STATE}
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = state[key].to(factor.device)
-        if optimizer.param_groups[0]["fused"]:
-            state["step"] = state["step"].to(factor.device)
-        optimizer.state[factor] = state
+    states: dict[str, dict[str, Any]] = {}
+    for full, value in flat.items():
+        key, _, name = full.partition("/")
+        key, _, kind = key.partition(":")
+        place = places[name] if name in places else states.setdefault(name, {})
+        if kind:
+            place[key] = _KINDS[kind](value.item())
+        else:
+            # what is no vector stays on the CPU, where AdamW wants its step, unless it is fused
+            there = bool(value.dim()) or bool(optimizer.param_groups[0].get("fused"))
+            place[key] = value.to(named[name].device if there else value.device, copy=True)
+    for name, state in states.items():
+        for key in _ADAMW if isinstance(optimizer, torch.optim.AdamW) else ():
+            if key not in state:
+                raise KeyError(f"{key}/{name}")
+        optimizer.state[named[name]] = state
+
+
+def _flatten(key: str, name: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {f"{key}/{name}": value.detach()}
+    if type(value) not in _NUMBERS:
+        raise TypeError(f"{key} of {name} is {type(value).__name__}, which a checkpoint cannot hold")
+    return {f"{key}:{type(value).__name__}/{name}": torch.tensor(value, dtype=_NUMBERS[type(value)])}
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

@@ -8,11 +8,15 @@ import torch
 from accelerate import Accelerator
 
 from ..adapter.layers import LoraLayers
+from .averages import Averages
 from .checkpoint import Checkpoint, save_checkpoint
 from .metrics import Metrics, draw_loss
 from .optim import flatten_state, restore_state
 from .progress import say
 from .run import Run
+
+_AVERAGE = "average/"
+"""How the names of running means begin, beside the optimizer's state."""
 
 
 class State:
@@ -25,14 +29,16 @@ class State:
         accelerator: Accelerator,
         run: Run,
         checkpoint: Checkpoint | None,
+        averages: Averages,
     ) -> None:
-        self.layers, self.optimizer, self.run = layers, optimizer, run
+        self.layers, self.optimizer, self.run, self.averages = layers, optimizer, run, averages
         self.scaler = accelerator.scaler  # of the loss, in fp16 only
         self.saved = 0
         """Steps that the newest checkpoint holds."""
         if checkpoint is not None:
             layers.load_factors(checkpoint.factors)
-            restore_state(optimizer, checkpoint.optimizer)
+            averages.load({k[len(_AVERAGE) :]: v for k, v in checkpoint.optimizer.items() if k.startswith(_AVERAGE)})
+            restore_state(optimizer, {k: v for k, v in checkpoint.optimizer.items() if not k.startswith(_AVERAGE)})
             if self.scaler is not None and checkpoint.state.get("loss_scaler"):
                 self.scaler.load_state_dict(checkpoint.state["loss_scaler"])
             self.saved = checkpoint.step
@@ -48,7 +54,10 @@ class State:
             "threads": torch.get_num_threads(),
             "loss_scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
-        optimizer = {name: value.cpu() for name, value in flatten_state(self.optimizer).items()}
+        averages = {f"{_AVERAGE}{name}": value for name, value in self.averages.values.items()}
+        # copies: the state of some optimizers shares tables between factors, which a file cannot
+        held = {name: value.to("cpu", copy=True) for name, value in flatten_state(self.optimizer).items()}
+        optimizer = held | {name: value.cpu() for name, value in averages.items()}
         save_checkpoint(self.run.checkpoints, Checkpoint(step, factors, optimizer, values))
         draw_loss(metrics.rows, self.run.loss)
         self.saved = step

@@ -117,7 +117,7 @@ def test_the_version_is_the_projects():
         (["train", "pictures", "--batch-size", "0"], "batch_size = 0"),
         (["train", "pictures", "--resolution", "100"], "resolution = 100 is out of range; give a multiple of 8"),
         (["train", "pictures", "--caption-dropout", "2"], "caption_dropout = 2.0"),
-        (["train", "pictures", "--schedule", "linear"], 'schedule = "linear" is not known; use cosine or constant'),
+        (["train", "pictures", "--schedule", "rex"], 'schedule = "rex" is not known; use cosine or constant or linear'),
         (["train", "pictures", "--device", "gpu"], "--device: invalid choice: 'gpu'"),
         (["train", "pictures", "--config", "gone.toml"], "gone.toml: cannot be read"),
         (["train", "gone"], "gone: does not exist; check the path of the data folder"),
@@ -173,8 +173,9 @@ def test_check_is_silent_of_trouble_where_training_would_start(capsys, data, bas
     captured = capsys.readouterr()
     assert captured.err == ""
     assert json.loads(captured.out) == {
-        "pictures": 2, "captions": 2, "problems": [], "truncated": [], "duplicates": [], "buckets": {"64x64": 2},
-        "images_per_epoch": 4,
+        "pictures": 2, "captions": 2, "problems": [], "truncated": [], "duplicates": [], "near_duplicates": [],
+        "buckets": {"64x64": 2}, "cut_away": {"3_more/b.png": 0.0857, "a.png": 0.0857}, "images_per_epoch": 4,
+        "steps": 300, "epochs": 600.0,
     }  # fmt: skip
 
 
@@ -236,6 +237,22 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, data, base, tmp_pa
     assert files_below(tmp_path) == before
 
 
+def test_plans_count_what_a_validation_share_leaves(capsys, data, base):
+    from sdlora.data.folder import scan_folder
+    from sdlora.training.validation import hold_out
+
+    names = [example.name for example in scan_folder(data)]
+    learnt = {"a.png": 1, "3_more/b.png": 3}[names[1 - hold_out(2, 0.5, 0)[0]]]
+    flags = ["--base", str(base), "--validation-share", "0.5", "--batch-size", "6", "--steps", "2"]
+    assert cli.main(["train", str(data), *flags, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"an epoch     {learnt} images, with repeats, without those held out" in out
+    assert f"= 12 images, {12 / learnt:.1f} epochs" in out
+    assert cli.main(["check", str(data), *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["images_per_epoch"], report["epochs"]) == (learnt, 12 / learnt)
+
+
 def test_an_interruption_exits_130_and_says_how_to_go_on(capsys, monkeypatch):
     def stop(error):
         def run(args):
@@ -260,3 +277,48 @@ def test_anything_else_keeps_its_traceback_and_exits_1():
     assert run.returncode == 1
     assert "Traceback" in run.stderr
     assert "ZeroDivisionError" in run.stderr
+
+
+def test_check_shows_the_buckets_crops_and_near_duplicates_that_train_would_have(capsys, data, base):
+    picture = Image.effect_mandelbrot((192, 100), (-2, -1.2, 1, 1.2), 60).convert("RGB")
+    picture.save(data / "wide.png")
+    picture.resize((150, 78)).save(data / "wide2.png")
+    flags = [
+        "--base",
+        str(base),
+        "--trigger",
+        "x",
+        "--buckets",
+        "--crop",
+        "random",
+        "--crops",
+        "3",
+        "--batch-size",
+        "2",
+    ]
+    assert cli.main(["check", str(data), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "nearly the same   wide.png, wide2.png" in said
+    assert "steps             300, which are 100 epochs" in said
+    assert "cut               bucket 80 x 48 px: 2 pictures, 13." in said
+    assert "cut               3 random crops of each picture, drawn by the seed" in said
+    assert cli.main(["train", str(data), *flags, "--dry-run"]) == 0
+    assert "cut          bucket 80 x 48 px: 2 pictures, 13." in capsys.readouterr().out
+    assert cli.main(["check", str(data), *flags, "--resolution", "72"]) == 2
+    assert "error: resolution = 72 is no multiple of the buckets' step of 16 px" in capsys.readouterr().err
+    assert cli.main(["check", str(data), "--base", str(base), "--shuffle-tags"]) == 2
+    assert "set caption_variants = 8 (--caption-variants)" in capsys.readouterr().err
+
+
+def test_train_keeps_what_it_encodes_where_it_is_told(capsys, data, base, tmp_path):
+    flags = ["--base", str(base), "--steps", "1", "--batch-size", "1", "--precision", "fp32", "--device", "cpu"]
+    cache = tmp_path / "kept"
+    for name, found in (("a", "0 found, 5 made"), ("b", "5 found, 0 made")):
+        out = tmp_path / f"{name}.safetensors"
+        assert cli.main(["train", str(data), *flags, "--out", str(out), "--cache", str(cache)]) == 0
+        assert f"cache {cache}: {found}" in capsys.readouterr().err
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert cli.main(["train", str(data), *flags, "--out", str(out), "--restart", "--no-cache"]) == 0
+    assert "cache " not in capsys.readouterr().err
+    assert cli.main(["train", str(data), *flags, "--out", str(out), "--cache", str(cache), "--no-cache"]) == 2
+    assert "contradict each other" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.generating.generate import generate
-from sdlora.training import loop
+from sdlora.training import loop, step
 from sdlora.training.loop import train_adapter
 from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
@@ -54,9 +54,9 @@ def test_a_base_trains_goes_on_to_the_bit_and_draws_with_its_file(folder, tmp_pa
     adapter = train_adapter(folder, base, recipe, straight)
     assert hash_base(base) == before
 
-    original, calls = loop.weighted_error, []
+    original, calls = step.weighted_error, []
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "weighted_error", lambda *a: calls.append(1) or (original(*a) if len(calls) < 4 else 1 / 0))
+        patch.setattr(step, "weighted_error", lambda *a: calls.append(1) or (original(*a) if len(calls) < 4 else 1 / 0))
         with pytest.raises(ZeroDivisionError):
             train_adapter(folder, base, recipe, stopped)
     train_adapter(folder, base, recipe, stopped)
@@ -100,7 +100,7 @@ def test_sdxl_step_equals_a_plain_one(folder, tmp_path):
     recipe = change(steps=1, min_snr_gamma=0, caption_dropout=0.5, batch_size=4, seed=3)
     base = make_tiny_sdxl_base()
     encoded = encode_folder(base, scan_folder(folder), resolution_px=64, flip=True, text=True, progress=False)
-    chances = loop.Chances(loop.Order(3, encoded.repeats), (4, 8, 8), 1000, 0.5, True)
+    chances = step.Chances(step.Order(3, encoded.repeats), (4, 8, 8), 1000, 0.5, True)
     draws = chances.draw(0, 4)
     assert {len(encoded.ids) - 1} < set(draws.caption.tolist())  # one is without its caption, and one has it
     errors = []

@@ -28,7 +28,7 @@ from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import DataError, RunError, RunInterrupted
-from sdlora.training import loop, state
+from sdlora.training import loop, state, step
 from sdlora.training.loop import run_training, train_adapter
 from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
@@ -280,7 +280,7 @@ def test_damaged_newest_checkpoint_goes_on_from_the_one_before(folder, straight,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, straight, out, monkeypatch, number):
-    original, calls = loop.weighted_error, [0]
+    original, calls = step.weighted_error, [0]
 
     def interrupted(*args):
         calls[0] += 1
@@ -290,7 +290,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, straight, 
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "weighted_error", interrupted)
+        patch.setattr(step, "weighted_error", interrupted)
         with pytest.raises(RunInterrupted, match=r"after step 6 of 12.*same command"):
             train_adapter(folder, make_tiny_base(), RECIPE, out)
     assert signal.getsignal(number) is handler
@@ -310,7 +310,7 @@ def test_second_signal_stops_at_once(folder, out, monkeypatch):
     base = make_tiny_base()
     forwards = own_forwards(base)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "weighted_error", interrupted)
+        patch.setattr(step, "weighted_error", interrupted)
         with pytest.raises(RunInterrupted, match="at once"):
             train_adapter(folder, base, RECIPE, out)
     assert own_forwards(base) == forwards
@@ -325,7 +325,7 @@ def test_trains_outside_the_main_thread(folder, straight, out):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_non_finite_step_stops_and_keeps_the_last_good_state(folder, straight, out, monkeypatch, what):
-    original, calls = loop.weighted_error, [0]
+    original, calls = step.weighted_error, [0]
 
     def poisoned(*args):
         calls[0] += 1
@@ -337,7 +337,7 @@ def test_non_finite_step_stops_and_keeps_the_last_good_state(folder, straight, o
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "weighted_error", poisoned)
+        patch.setattr(step, "weighted_error", poisoned)
         with pytest.raises(RunError, match=rf"the {what} of step 7 is not finite.*learning_rate"):
             train_adapter(folder, make_tiny_base(), RECIPE, out)
     assert not out.exists()
@@ -482,3 +482,47 @@ def test_bf16_base_trains_float32_factors(folder, out):
 def test_fp16_without_a_gpu_is_refused(folder, out):
     with pytest.raises(RunError, match="use bf16 or fp32"):
         train_adapter(folder, make_tiny_base(dtype=torch.float16), change(precision="fp16"), out)
+
+
+def test_several_buckets_resume_to_the_bit_and_reach_the_unet_at_their_sizes(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, size in enumerate([(64, 64), (96, 48), (48, 96), (64, 64), (97, 49), (66, 64), (95, 50)]):
+        Image.new("RGB", size, (40 * i, 90, 200 - 20 * i)).save(data / f"{i}.png")
+    base, seen = make_tiny_base(), set()
+    base.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.add(tuple((args[0] if args else kwargs["sample"]).shape)), with_kwargs=True
+    )
+    recipe = change(buckets=True, trigger="x", accumulation=2, checkpoint_every=3, crop="random", crops=2)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    train_adapter(data, base, recipe, whole)
+    assert {shape[0] for shape in seen} == {2}
+    assert {shape[2:] for shape in seen} == {(8, 8), (6, 10), (10, 6)}
+    said = capsys.readouterr().err
+    assert "bucket 64 x 64 px: 3 pictures, 1.0% cut away on average, 3.0% at most (5.png); its 3 images" in said
+    assert "bucket 80 x 48 px: 3 pictures" in said
+    for calls in (6, 4):  # dies in its 6th, then 4th step: 7 pictures in steps of 4, so within an epoch
+        with monkeypatch.context() as patch:
+            stop_at(patch, "rate_factor", calls)
+            with pytest.raises(Stop):
+                train_adapter(data, make_tiny_base(), recipe, parts)
+    train_adapter(data, make_tiny_base(), recipe, parts)
+    assert parts.read_bytes() == whole.read_bytes()
+    assert rows(parts) == rows(whole)
+    with pytest.raises(RunError, match="buckets true -> false"):
+        train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, buckets=False), parts)
+
+
+def test_caption_variants_train_and_are_said(tmp_path, capsys):
+    data = make_folder(tmp_path / "data", 3)
+    (data / "0.txt").write_text("a cat, ink, {red|blue}\nb, c, d")
+    values = {"caption_variants": 4, "shuffle_tags": True, "wildcards": True, "caption_lines": True}
+    files = []
+    for text_encoder in (False, True):
+        recipe = change(steps=2, text_encoder=text_encoder, **values)
+        train_adapter(data, make_tiny_base(), recipe, tmp_path / f"{text_encoder}.safetensors")
+        files.append(rows(tmp_path / f"{text_encoder}.safetensors"))
+    assert "16 wordings of 3 captions" in capsys.readouterr().err
+    assert files[0][0]["loss"] == pytest.approx(files[1][0]["loss"], rel=1e-5)
+    train_adapter(data, make_tiny_base(), change(steps=2, trigger="zz"), tmp_path / "plain.safetensors")
+    assert rows(tmp_path / "plain.safetensors")[0]["loss"] != files[0][0]["loss"]

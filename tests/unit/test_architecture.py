@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2] / "sdlora"
 FLOORS = (
     {"errors"},
-    {"values"},
+    {"values", "limits"},
     {"targets"},
+    {"agreement"},
     {"config"},
     {"adapter", "data"},
     {"bases"},

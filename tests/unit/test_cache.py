@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from sdlora.bases.text import Text
-from sdlora.data.cache import encode_folder, measure_cut
+from sdlora.data.buckets import move_cut, plan_cut
+from sdlora.data.cache import encode_folder
 from sdlora.data.folder import Example, scan_folder
 from sdlora.errors import DataError
 from tests.tiny import make_tiny_base, make_tiny_sdxl_base
@@ -129,9 +130,9 @@ def test_sizes_say_how_each_picture_was_cut_mirrored_too(base, examples, tmp_pat
     assert encoded.sizes.shape == (2, 4, 6)
     assert encoded.sizes[0, 0].tolist() == encoded.sizes[1, 3].tolist() == [24, 40, 0, 5, 16, 16]
     # an odd rest is cut unevenly, so that the mirrored picture's crop begins elsewhere
-    assert measure_cut(64, 67, 128, False) == (67, 64, 2, 0, 128, 128)
-    assert measure_cut(67, 64, 128, False) == (64, 67, 0, 2, 128, 128)
-    assert measure_cut(67, 64, 128, True) == (64, 67, 0, 4, 128, 128)
+    assert plan_cut((64, 67), (128, 128)).ids(False) == (67, 64, 2, 0, 128, 128)
+    assert plan_cut((67, 64), (128, 128)).ids(False) == (64, 67, 0, 2, 128, 128)
+    assert plan_cut((67, 64), (128, 128)).ids(True) == (64, 67, 0, 4, 128, 128)
 
 
 def test_sdxl_caches_both_encoders_pooled_text_and_zeros_for_no_caption(examples):
@@ -145,3 +146,53 @@ def test_sdxl_caches_both_encoders_pooled_text_and_zeros_for_no_caption(examples
     assert not encoded.text.pooled[4].any()
     base.zero_blank = False
     assert encode(base, examples).text.states[4].any()
+
+
+def test_buckets_hold_each_picture_at_its_own_size(base, tmp_path):
+    rng = np.random.default_rng(0)
+    own = [(40, 24), (24, 24), (24, 40), (41, 25)]
+    for i, (width, height) in enumerate(own):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a cat")
+    sizes = [(24, 16), (16, 16), (16, 24), (24, 16)]
+    encoded = encode(base, scan_folder(tmp_path), sizes=sizes)
+    assert encoded.shapes == ((4, 2, 2), (4, 3, 2), (4, 2, 3))
+    assert encoded.bucket.tolist() == [2, 0, 1, 2]
+    assert encoded.row.tolist() == [0, 0, 0, 1]
+    for n, size in enumerate(sizes):
+        cut = plan_cut(own[n], size)
+        pixels = np.asarray(Image.open(tmp_path / f"{n}.png").crop(cut.box).resize(size, 1))
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for view, picture in enumerate((x, x.flip(-1))):
+            mean, std = base.encode_pictures(picture)
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(n))
+            found = encoded.sample(torch.tensor([view]), torch.tensor([n]), noise)
+            torch.testing.assert_close(found, mean + std * noise, rtol=1e-4, atol=1e-4)
+            assert encoded.sizes[view, n].tolist() == list(cut.ids(view == 1))
+
+
+def test_each_wording_has_its_row_and_the_longest_counts(base, examples, capsys):
+    wordings = [["a cat", "inc"], ["x " * 80], ["a cat", "y", "inc"], ["z"]]
+    encoded = encode(base, examples, wordings=wordings)
+    flat = [wording for own in wordings for wording in own] + [""]
+    assert encoded.wordings == (2, 1, 3, 1)
+    assert torch.equal(encoded.ids, base.tokenize(flat)[0])
+    torch.testing.assert_close(encoded.text.states, base.encode_text(encoded.ids).states, rtol=1e-4, atol=1e-5)
+    assert encoded.truncated == ["1.png"]
+    assert "1.png (82 tokens)" in capsys.readouterr().err
+
+
+def test_every_crop_is_a_view_of_its_own_with_its_place(base, examples):
+    places = [[(0.0, 0.0), (0.99, 0.5), (0.3, 0.0)]] * 4
+    encoded = encode(base, examples, places=places)
+    assert encoded.mean.shape == (6, 4, 4, 2, 2)
+    cuts = [move_cut(plan_cut((40, 24), (16, 16)), at) for at in places[0]]
+    assert [cut.box[0] for cut in cuts] == [0, 16, 5]
+    for n, example in enumerate(examples):
+        for crop, cut in enumerate(cuts):
+            pixels = np.asarray(Image.open(example.path).crop(cut.box).resize((16, 16), 1))
+            x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            for side, picture in enumerate((x, x.flip(-1))):
+                mean, _ = base.encode_pictures(picture)
+                torch.testing.assert_close(encoded.mean[3 * side + crop, n], mean[0], rtol=1e-4, atol=1e-5)
+                assert encoded.sizes[3 * side + crop, n].tolist() == list(cut.ids(side == 1))

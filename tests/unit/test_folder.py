@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sdlora.data import folder as folder_module
+from sdlora.data.buckets import Bucketing, plan_cuts
 from sdlora.data.captions import add_trigger, clean_caption, decode_caption
 from sdlora.data.check import write_report
 from sdlora.data.folder import digest, scan_folder, survey_folder
@@ -231,7 +232,9 @@ def test_the_report_counts_repeats_duplicates_and_long_captions(tmp_path):
     put(tmp_path / "3_b/b.bmp", "long")
     put(tmp_path / "c.png", "short", colour="blue")
     put(tmp_path / "d.png", None)
-    report = write_report(survey_folder(tmp_path), 64, lambda captions: ([9 * len(c) for c in captions], 40))
+    survey = survey_folder(tmp_path)
+    cuts = plan_cuts(survey.examples, Bucketing(64))
+    report = write_report(survey, cuts, lambda captions: ([9 * len(c) for c in captions], 40), 6, 2)
     assert report == {
         "pictures": 4,
         "captions": 3,
@@ -247,6 +250,10 @@ def test_the_report_counts_repeats_duplicates_and_long_captions(tmp_path):
             {"file": "c.png", "tokens": 45, "limit": 40},
         ],
         "duplicates": [["3_b/b.bmp", "a.png"]],
+        "near_duplicates": [],
         "buckets": {"64x64": 3},
+        "cut_away": {},
         "images_per_epoch": 5,
+        "steps": 6,
+        "epochs": 2.4,
     }

@@ -53,6 +53,16 @@ def test_loss_picture_draws_high_losses_high(tmp_path):
     assert height(0.98) > height(0.55) > height(0.3)
 
 
+def test_validation_is_drawn_where_it_was_measured(tmp_path):
+    rows = [row(s, 0.5) | ({"validation_loss": 1.8} if s == 50 else {}) for s in range(1, 101)]
+    draw_loss(rows, tmp_path / "loss.png")
+    image = Image.open(tmp_path / "loss.png").convert("RGB")
+    dots = [(x, y) for x in range(960) for y in range(480) if image.getpixel((x, y)) == (0xD2, 0x69, 0x1E)]
+    x, y = (sum(values) / len(dots) for values in zip(*dots, strict=True))
+    assert abs(x - (70 + 870 / 2)) < 2
+    assert abs(y - (430 - 390 * 1.8 / 2)) < 2  # in a frame that ends at 2
+
+
 def test_one_row_can_be_drawn(tmp_path):
     draw_loss([row(1)], tmp_path / "loss.png")
     draw_loss([row(1, 0.0), row(2, None)], tmp_path / "zero.png")

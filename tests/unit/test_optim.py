@@ -40,6 +40,30 @@ def test_constant_stays_and_no_warmup_starts_at_once():
     assert rate_factor(0, schedule="cosine", warmup_steps=0, steps=1) == 1.0
 
 
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        ("cosine", "cosine", {}),
+        ("linear", "linear", {}),
+        ("cosine-restarts", "cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", "polynomial", {"power": 2.5}),
+        ("constant", "constant_with_warmup", {}),
+    ],
+)
+def test_schedules_equal_diffusers(ours, theirs, options, warmup):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=50, **options)
+    for step in range(50):
+        share = rate_factor(step, schedule=ours, warmup_steps=warmup, steps=50, cycles=3, power=2.5)
+        expected = (step + 1) / warmup if step < warmup else reference.get_last_lr()[0]
+        assert share == pytest.approx(expected, abs=2e-7), step
+        optimizer.step()
+        reference.step()
+
+
 def test_text_encoder_has_its_own_rate():
     factors = make_factors()
     optimizer = make(factors)

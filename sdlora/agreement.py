@@ -1,0 +1,117 @@
+"""Which fields of the Recipe need each other, and which exclude each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+from .targets import check_block_ranks, check_blocks, check_targets
+from .values import parse_lora, show
+
+if TYPE_CHECKING:
+    from .config import Recipe
+
+_NEEDS: dict[str, tuple[str, str | bool | None]] = {
+    "bucket_step_px": ("buckets", True),
+    "crops": ("crop", "random"),
+    "huber_c": ("loss", "huber"),
+    "huber_schedule": ("loss", "huber"),
+    "max_aspect": ("buckets", True),
+    "min_snr_gamma": ("weighting", "min-snr"),
+    "pyramid_discount": ("pyramid_noise", None),
+    "schedule_cycles": ("schedule", "cosine-restarts"),
+    "schedule_power": ("schedule", "polynomial"),
+    "upscale": ("buckets", True),
+    "validate_every": ("validation_share", None),
+}
+"""Fields that only another field's value gives a use; None is any number above 0."""
+
+
+def check_agreement(recipe: Recipe) -> None:
+    """Holds the fields against each other; each by itself is in its range already.
+
+    Raises: ConfigError, naming the first that do not go together and the fix.
+    """
+    _check_uses(recipe)
+    check_targets(recipe.targets)
+    check_blocks(recipe.blocks)
+    check_block_ranks(recipe.block_ranks)
+    for text in recipe.merge:
+        parse_lora(text)
+    if recipe.zero_terminal_snr and recipe.prediction == "epsilon":
+        raise ConfigError(
+            "zero_terminal_snr = true needs a base that predicts velocity; "
+            'set prediction = "v" (--prediction v) or leave it out'
+        )
+    _check_optimizer(recipe)
+    _check_caption_tools(recipe)
+    if recipe.t_min >= recipe.t_max:
+        raise ConfigError(
+            f"t_min = {show(recipe.t_min)} and t_max = {show(recipe.t_max)} leave no step to train; "
+            "give a t_min below t_max"
+        )
+    if recipe.preview_every and not recipe.preview:
+        raise ConfigError(
+            f"preview_every = {recipe.preview_every} has nothing to draw; give a prompt with preview (--preview)"
+        )
+
+
+def _check_uses(recipe: Recipe) -> None:
+    for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
+        if getattr(recipe, name) is not None and not recipe.text_encoder:
+            raise ConfigError(
+                f"{name} = {getattr(recipe, name)} has no use while "
+                "text_encoder = false; set text_encoder = true (--text-encoder) or leave it out"
+            )
+    for name, (other, wanted) in _NEEDS.items():
+        value, found = getattr(recipe, name), getattr(recipe, other)
+        used = bool(found) if wanted is None else found == wanted
+        if value != _default(recipe, name) and not used:
+            raise ConfigError(
+                f"{name} = {show(value)} has no use while {other} = {show(found)}; "
+                f"set {other} {'above 0' if wanted is None else '= ' + show(wanted)} or leave it out"
+            )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    if recipe.optimizer == "prodigy":
+        if {recipe.text_encoder_rate, recipe.text_encoder_2_rate} != {recipe.learning_rate}:
+            raise ConfigError(
+                'optimizer = "prodigy" finds one learning rate for all; leave out the text encoders\' '
+                "learning rates, or use another optimizer"
+            )
+        if recipe.lora_plus_ratio != 1:
+            raise ConfigError(
+                f'optimizer = "prodigy" finds one learning rate for all; leave out lora_plus_ratio = '
+                f"{show(recipe.lora_plus_ratio)}, or use another optimizer"
+            )
+    if recipe.optimizer == "schedule-free":
+        for name, why in (("ema_decay", "averages by itself"), ("max_norm", "loses its averages by it")):
+            if getattr(recipe, name):
+                raise ConfigError(
+                    f'{name} = {show(getattr(recipe, name))} cannot go with optimizer = "schedule-free", which {why}; '
+                    f"leave out {name}, or use another optimizer"
+                )
+
+
+def _check_caption_tools(recipe: Recipe) -> None:
+    """Raises: ConfigError where a caption tool could do nothing, or the same to every showing of a picture."""
+    tools = [name for name in ("shuffle_tags", "tag_dropout", "wildcards") if getattr(recipe, name)]
+    if tools and recipe.caption_variants == 1:
+        raise ConfigError(
+            f"{tools[0]} = {show(getattr(recipe, tools[0]))} has one variant of each caption to work with; "
+            "set caption_variants = 8 (--caption-variants) or leave it out"
+        )
+    if recipe.caption_variants > 1 and not tools:
+        raise ConfigError(
+            f"caption_variants = {recipe.caption_variants} makes {recipe.caption_variants} times the same of each "
+            "caption; set shuffle_tags, tag_dropout or wildcards, or leave it out"
+        )
+    if recipe.keep_tags and not recipe.shuffle_tags and not recipe.tag_dropout:
+        raise ConfigError(
+            f"keep_tags = {recipe.keep_tags} has no use without shuffle_tags or tag_dropout; set one or leave it out"
+        )
+
+
+def _default(recipe: Recipe, name: str) -> Any:
+    return getattr(type(recipe), name)

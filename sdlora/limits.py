@@ -1,0 +1,57 @@
+"""Which values each field of the Recipe may have, and what to say of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base": (bool, "name a base, such as mini"),
+    "steps": (lambda v: 1 <= v <= 10_000_000, "give 1 or more, such as 300"),
+    "batch_size": (lambda v: 1 <= v <= 4096, "give 1 to 4096, such as 8"),
+    "accumulation": (lambda v: 1 <= v <= 4096, "give 1 to 4096"),
+    "rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, such as 8"),
+    "alpha": (lambda v: v > 0, "give a number above 0, or leave it out to use the rank"),
+    "learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.001"),
+    "text_encoder_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
+    "text_encoder_2_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0005"),
+    "conv_rank": (lambda v: 1 <= v <= 1024, "give 1 to 1024, or leave it out to use the rank"),
+    "conv_alpha": (lambda v: v > 0, "give a number above 0, or leave it out"),
+    "dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "rank_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "module_dropout": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1"),
+    "max_norm": (lambda v: v >= 0, "give a number above 0, such as 1, or 0 to turn it off"),
+    "lora_plus_ratio": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 16, or 1 to turn it off"),
+    "merge": (lambda v: all(x.strip() for x in v), "leave out the empty name"),
+    "warmup_steps": (lambda v: 0 <= v <= 10_000_000, "give 0 or more"),
+    "weight_decay": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.01"),
+    "min_snr_gamma": (lambda v: v >= 0, "give a number above 0, such as 5, or 0 to turn it off"),
+    "max_grad_norm": (lambda v: v > 0, "give a number above 0, such as 1"),
+    "caption_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
+    "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),
+    "bucket_step_px": (lambda v: 8 <= v <= 1024 and v % 8 == 0, "give a multiple of 8 from 8 to 1024, such as 64"),
+    "max_aspect": (lambda v: 1 <= v <= 8, "give a number from 1 to 8, such as 2"),
+    "crops": (lambda v: 1 <= v <= 100, "give 1 to 100, such as 4"),
+    "caption_variants": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 8"),
+    "keep_tags": (lambda v: 0 <= v <= 1000, "give 0 or more, such as 1"),
+    "tag_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
+    "max_chunks": (lambda v: 1 <= v <= 16, "give 1 to 16, such as 3 for 225 tokens"),
+    "clip_skip": (lambda v: 0 <= v <= 30, "give 0 to 30, such as 1 to read the layer before the last"),
+    "seed": (lambda v: 0 <= v < 2**63, "give a whole number from 0 to 2^63 - 1"),
+    "preview": (lambda v: all(p.strip() for p in v), "leave out the empty prompt"),
+    "preview_every": (lambda v: v >= 0, "give 0 or more"),
+    "checkpoint_every": (lambda v: v >= 0, "give 0 or more"),
+    "huber_c": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.1"),
+    "noise_offset": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.05, or 0 to turn it off"),
+    "pyramid_noise": (lambda v: 0 <= v <= 16, "give 1 to 16 levels, such as 6, or 0 to turn it off"),
+    "pyramid_discount": (lambda v: 0 < v < 1, "give a number above 0 and below 1, such as 0.3"),
+    "input_perturbation": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.1, or 0 to turn it off"),
+    "t_min": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.2"),
+    "t_max": (lambda v: 0 < v <= 1, "give a share above 0 and at most 1, such as 0.8"),
+    "ema_decay": (lambda v: 0 <= v < 1, "give a number from 0 to below 1, such as 0.99, or 0 to turn it off"),
+    "validation_share": (lambda v: 0 <= v < 1, "give a share from 0 to below 1, such as 0.1, or 0 to turn it off"),
+    "validate_every": (lambda v: v >= 1, "give 1 or more"),
+    "schedule_cycles": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 3"),
+    "schedule_power": (lambda v: 0 < v <= 100, "give a number above 0, such as 2"),
+}
+"""By field: whether a value of its type fits, and the fix to name where it does not."""

@@ -1,0 +1,65 @@
+"""A few words for every setting of the learning that is not the default."""
+
+from __future__ import annotations
+
+from ..config import Recipe
+
+
+def describe_learning(recipe: Recipe) -> list[str]:
+    """The objective, the noise and timesteps, and the schedule, each where it is not the default."""
+    return [*_objective(recipe), *_noise(recipe), *_times(recipe), *_steps(recipe)]
+
+
+def advise(recipe: Recipe) -> list[str]:
+    """Lines about settings that work but that the optimizer was not made for."""
+    lines = []
+    if recipe.optimizer in ("prodigy", "schedule-free") and recipe.schedule != "constant":
+        lines.append(f"advice: optimizer {recipe.optimizer} is made for a constant schedule (--schedule constant)")
+    if recipe.optimizer == "prodigy" and recipe.learning_rate < 0.1:
+        lines.append("advice: optimizer prodigy finds its learning rate times yours, which is usually 1")
+    return lines
+
+
+def _objective(recipe: Recipe) -> list[str]:
+    lines = []
+    if recipe.loss == "huber":
+        lines.append(f"huber loss, c {recipe.huber_c:g}, schedule {recipe.huber_schedule}")
+    if recipe.weighting == "debiased":
+        lines.append("debiased weighting")
+    elif recipe.weighting == "none" or recipe.min_snr_gamma == 0:
+        lines.append("all noise levels weighed alike")
+    elif recipe.min_snr_gamma != Recipe.min_snr_gamma:
+        lines.append(f"min-SNR gamma {recipe.min_snr_gamma:g}")
+    return lines
+
+
+def _noise(recipe: Recipe) -> list[str]:
+    lines = [f"noise offset {recipe.noise_offset:g}"] if recipe.noise_offset else []
+    if recipe.pyramid_noise:
+        levels = f"{recipe.pyramid_noise} level" + ("s" if recipe.pyramid_noise > 1 else "")
+        lines.append(f"pyramid noise of {levels}, discount {recipe.pyramid_discount:g}")
+    return lines + ([f"input perturbation {recipe.input_perturbation:g}"] if recipe.input_perturbation else [])
+
+
+def _times(recipe: Recipe) -> list[str]:
+    lines = []
+    if (recipe.t_min, recipe.t_max) != (0, 1):
+        lines.append(f"timesteps from {recipe.t_min:g} to {recipe.t_max:g} of the schedule")
+    return lines + ([f"timesteps drawn {recipe.t_bias}"] if recipe.t_bias != "uniform" else [])
+
+
+def _steps(recipe: Recipe) -> list[str]:
+    more = {
+        "cosine-restarts": f" of {recipe.schedule_cycles} cycles",
+        "polynomial": f" of power {recipe.schedule_power:g}",
+    }
+    lines = [f"optimizer {recipe.optimizer}"] if recipe.optimizer != Recipe.optimizer else []
+    lines += (
+        [f"schedule {recipe.schedule}{more.get(recipe.schedule, '')}"] if recipe.schedule != Recipe.schedule else []
+    )
+    lines += [f"running average of the factors, decay {recipe.ema_decay:g}"] if recipe.ema_decay else []
+    if recipe.validation_share:
+        lines.append(
+            f"{recipe.validation_share:g} of the pictures held out, measured every {recipe.validate_every} steps"
+        )
+    return lines

@@ -1,0 +1,70 @@
+"""One step's gradients: what is drawn, what the base sees of it, and the error of what it says."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..adapter.layers import LoraLayers
+from ..bases.family import Base
+from ..config import Recipe
+from ..data.cache import Encoded
+from .draws import Chances, Draws, Order
+from .inputs import send, text_of
+from .noise import NoiseShape, Times
+from .objective import Objective, add_noise, target, weighted_error
+from .validation import Validation
+
+
+def chances_of(base: Base, encoded: Encoded, recipe: Recipe, validation: Validation) -> Chances:
+    """The distributions that a recipe draws from."""
+    return Chances(
+        Order(recipe.seed, validation.learnt(encoded.repeats), encoded.bucket.tolist(), recipe.images_per_step),
+        encoded.shapes[0],
+        len(base.alphas_cumprod),
+        recipe.caption_dropout,
+        recipe.flip,
+        Times.of(recipe),
+        NoiseShape.of(recipe),
+        encoded.shapes,
+        encoded.wordings,
+        recipe.crops,
+    )
+
+
+def accumulate(
+    step: int,
+    base: Base,
+    layers: LoraLayers,
+    encoded: Encoded,
+    objective: Objective,
+    chances: Chances,
+    accelerator: Accelerator,
+) -> Tensor:
+    """A step's gradients, over its micro-batches; returns their mean loss."""
+    losses = []
+    for micro in range(objective.recipe.accumulation):
+        draws = chances.draw(step, objective.recipe.batch_size, micro, objective.recipe.accumulation)
+        layers.begin(step, micro)
+        with accelerator.accumulate():
+            loss = _error(base, encoded, objective, draws)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    layers.end()
+    return torch.stack(losses).mean()
+
+
+def _error(base: Base, encoded: Encoded, objective: Objective, draws: Draws) -> Tensor:
+    """The loss of one micro-batch; everything random is drawn and mixed on the CPU, the same for every device."""
+    place = (draws.mirror, draws.picture)
+    x0 = encoded.sample(*place, draws.posterior)  # [B, 4, H/8, W/8]
+    alpha_bar = base.alphas_cumprod[draws.t]  # [B]
+    x_t = send(add_noise(x0, draws.added, alpha_bar), base)
+    goal = target(x0, draws.noise, alpha_bar, objective.prediction_type).to(base.device, non_blocking=True)
+    weighing = [objective.weigh(alpha_bar), objective.width(alpha_bar, draws.t)]
+    weight, width = (x if x is None else x.to(base.device) for x in weighing)
+    assert weight is not None
+    text = text_of(base, encoded, draws.caption, objective.recipe.clip_skip)
+    sizes = encoded.sizes[place].to(base.device, non_blocking=True)
+    return weighted_error(base.predict(x_t, draws.t.to(base.device), text, sizes), goal, weight, width)
