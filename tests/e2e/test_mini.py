@@ -25,9 +25,9 @@ from sdlora.demo import LESSONS
 
 ROOT = Path(__file__).parents[2]
 
-# Floors under what the shipped, undertrained weights reach: 25 %, 41.7 %, 0.28, 91.7 % and 0.49 on these pictures.
-# The goals are 75 %, 85 %, 0.8, and the cat among the judge's first five in 70 %; docs/quality.md has the whole table.
-NAMED_TOP5, INK, KEPT, STACKED_INK, CAT_RANK = 15, 25, 0.1, 70, 0.75
+# The first is the goal. The others are floors under what the shipped weights reach, with the goals 85 %, 0.8, and the cat
+# among the judge's first five in 70 %; docs/quality.md has the whole table.
+NAMED_TOP5, INK, KEPT, STACKED_INK, CAT_RANK = 75, 40, 0.4, 50, 0.75
 WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
 
 
@@ -87,7 +87,7 @@ def test_diffusers_opens_mini_and_draws_our_picture() -> None:
 
 
 def test_mini_names_its_things(base: Base, judge: Judge) -> None:
-    figures = measure_names(base, judge, captions=24)
+    figures = measure_names(base, judge)
     assert figures["top5 %"] >= NAMED_TOP5, figures
 
 
