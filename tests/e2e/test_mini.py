@@ -25,8 +25,8 @@ from sdlora.demo import LESSONS
 
 ROOT = Path(__file__).parents[2]
 
-# The first is the goal. The others are floors under what the shipped weights reach, with the goals 85 %, 0.8, and the cat
-# among the judge's first five in 70 %; docs/quality.md has the whole table.
+# The first is the goal. The others are floors under what the shipped weights reach, with the goals 85 %, 0.8, and the
+# cat among the judge's first five in 70 %; docs/quality.md has the whole table.
 NAMED_TOP5, INK, KEPT, STACKED_INK, CAT_RANK = 75, 40, 0.4, 50, 0.75
 WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
 
