@@ -45,11 +45,13 @@ def judge() -> Judge:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo as a user runs it."""
     out = tmp_path_factory.mktemp("demo")
-    began_s = time.perf_counter()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "sdlora", "demo", "--out", str(out)], capture_output=True, text=True, check=False
     )
-    (out / "seconds").write_text(str(time.perf_counter() - began_s))
+    after = os.times()
+    used_s = after.children_user + after.children_system - before.children_user - before.children_system
+    (out / "cpu_seconds").write_text(str(used_s))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{out / 'sheet.png'}\n" in done.stdout
     return out
@@ -92,10 +94,9 @@ def test_mini_names_its_things(base: Base, judge: Judge) -> None:
 
 
 @pytest.mark.slow
-def test_demo_takes_at_most_three_minutes(demo: Path) -> None:
+def test_demo_takes_at_most_three_minutes_of_two_cores(demo: Path) -> None:
     assert {p.name for p in demo.iterdir()} >= {"ink.safetensors", "cat.safetensors", "sheet.png"}
-    if (os.cpu_count() or 1) >= 2 and os.getloadavg()[0] < 3:  # a busy machine says nothing about ours
-        assert float((demo / "seconds").read_text()) < 180
+    assert float((demo / "cpu_seconds").read_text()) < 360  # not by the clock: a busy machine says nothing about ours
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_demo_files_say_what_they_are(demo: Path) -> None:
     )
     (told,) = json.loads(done.stdout)
     assert (told["format"], told["family"], told["base"], told["trigger"]) == ("kohya", "mini", "mini", "ink style")
-    assert told["modules"]["unet"] == 80
+    assert told["modules"]["unet"] == 48  # of 80: those in the up blocks
     text = (demo / "ink.safetensors").read_bytes()[:200_000].decode("latin-1")
     assert str(demo) not in text
     assert "datasets" not in text
