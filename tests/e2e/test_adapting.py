@@ -86,6 +86,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
     assert rows(plain)[2:] != rows(whole)[2:]  # so dropout took part
 
 
+def test_every_pass_of_a_step_has_its_own_dropout_masks(folder, tmp_path, monkeypatch):
+    begun = []
+    original = LoraLayers.begin
+
+    def begin(layers, step, micro=0):
+        begun.append((step, micro))
+        original(layers, step, micro)
+
+    monkeypatch.setattr(LoraLayers, "begin", begin)
+    train_adapter(folder, make_tiny_base(), change(steps=2, dropout=0.2), tmp_path / "out.safetensors")
+    assert begun == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 def test_the_file_of_everything_holds_what_was_chosen(folder, tmp_path, capfd):
     out = tmp_path / "out.safetensors"
     adapter = train_adapter(folder, make_tiny_base(), change(**CHOICES["everything"]), out)
