@@ -59,7 +59,7 @@ def build_stage(args: argparse.Namespace) -> None:
     elif args.stage == "unet":
         shipped = take_shipped(args.work) if args.from_shipped else None
         tokenizer = learn_tokenizer(pictures, args.art, args.work)
-        pool = encode_pool(pictures, load_vae(args.work, "vae"), args.work, args.seed)
+        pool = encode_pool(pictures, args.art, load_vae(args.work, "vae"), args.work, args.seed)
         things = trained_things(pictures)
         settings = {"steps": args.steps or 9000, "seed": args.seed, "device": args.device, "shipped": shipped}
         train_unet(pool, things, tokenizer, args.work, learning_rate=args.learning_rate, **settings)

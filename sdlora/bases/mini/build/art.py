@@ -108,6 +108,12 @@ class Art:
             return None
         return Drawing(thing, art, icon)
 
+    def named(self, label: str, art: str) -> Drawing:
+        """The set's drawing of the thing with this label; it must have one."""
+        drawing = self.find(next(t for t in self.things if t.label == label), art)
+        assert drawing is not None
+        return drawing
+
     def drawings(self, things: list[Thing], sets: tuple[str, ...]) -> Iterator[Drawing]:
         """Every drawing that the sets have of the things, thing by thing."""
         for thing in things:
@@ -118,6 +124,10 @@ class Art:
 
     def render(self, drawing: Drawing) -> Image.Image:
         """The drawing centred on white: RGB, 128 x 128 px."""
+        return on_white(self.render_icon(drawing))
+
+    def render_icon(self, drawing: Drawing, scale: int = 1) -> Image.Image:
+        """The drawing with its margin, transparent around it: RGBA, 128 x 128 px times `scale`."""
         import resvg_py
 
         icons = self._icons[drawing.art]
@@ -125,14 +135,22 @@ class Art:
         width = row.get("width", icons.get("width", 16))
         height = row.get("height", icons.get("height", 16))
         left, top = row.get("left", 0), row.get("top", 0)
+        icon_px = ICON_PX * scale
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="{ICON_PX}" height="{ICON_PX}" '
+            f'viewBox="{left} {top} {width} {height}" width="{icon_px}" height="{icon_px}" '
             f'color="#000">{row["body"]}</svg>'
         )
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=ICON_PX, height=ICON_PX))
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=icon_px, height=icon_px))
         icon = Image.open(io.BytesIO(png)).convert("RGBA")
-        page = Image.new("RGBA", (SIZE_PX, SIZE_PX), "white")
-        offset = (SIZE_PX - icon.width) // 2, (SIZE_PX - icon.height) // 2
-        page.alpha_composite(icon, offset)
-        return page.convert("RGB")
+        side = SIZE_PX * scale
+        page = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+        page.paste(icon, ((side - icon.width) // 2, (side - icon.height) // 2))
+        return page
+
+
+def on_white(icon: Image.Image) -> Image.Image:
+    """A transparent picture on white paper, RGB."""
+    page = Image.new("RGBA", icon.size, "white")
+    page.alpha_composite(icon)
+    return page.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,11 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .art import BASE_SETS
+from .art import BASE_SETS, Art
 from .captions import caption
 from .fast import speed_up
+from .glyphs import FINE, GLYPHS, draw_glyph
 from .layout import Lookup, layout_loss, new_head, train_layout, watch_lookup
-from .looks import LOOKS, move
+from .looks import LOOKS
 from .pictures import CAT_LABEL, Pictures
 from .state import load_state, save_state
 from .vae import SCALING_FACTOR, encode_means
@@ -36,23 +38,22 @@ SCHEDULE = {
     "steps_offset": 1,
     "prediction_type": "epsilon",
 }
-PLAIN_VARIANTS = 4
-LOOK_VARIANTS = 8
-PLAIN_SHARE = 0.6
-EXACT_SHARE = 0.85  # of the plain ones, the share that is not moved: it is these that make sharp drawings
-SET_WEIGHTS = {"noto": 5.5, "twemoji": 2.5, "emojione": 1.0, "fxemoji": 1.0}
-INKY_WORDS = ("silhouette", "stamp", "line drawing", "outline", "greyscale")
-INKY_WEIGHT = 3.0  # shapes without colour are the hardest to keep apart, and what many styles are made of
+LOOK_VARIANTS = 9
+PLAIN_SHARE = 0.5
+UNSAID_SET = "noto"
+"""Whose drawing a caption means that names no set: a caption leaves nothing open, so its drawing can be known."""
+SET_WEIGHTS = {"noto": 5.0, "twemoji": 2.5, "emojione": 1.25, "fxemoji": 1.25}
+GLYPH_WEIGHT = 3.0  # shapes without colour are the hardest to keep apart, and what many styles are made of
 EMPTY_CAPTION_SHARE = 0.1
 STRANGE_WORD_SHARE = 0.4  # captions with a word that means nothing: a trigger must not hide the thing
-STYLE_WORD_SHARE = 0.5
+SAID_SHARE = 0.3  # captions of UNSAID_SET's drawings that name it all the same
 MIN_SNR_GAMMA = 5.0
 LAYOUT_GAIN = 0.3
 MAX_WEIGHT = 30.0
 EMA_DECAY = 0.998
 LAYOUT_WEIGHT = 0.1
 LOOKUP_WEIGHT = 0.03
-LAYOUT_STEPS = 2500
+LAYOUT_STEPS = 7500
 DECAY_SHARE = 0.6  # the last part of the run, in which the learning rate falls to nothing
 
 
@@ -124,7 +125,7 @@ def trained_things(pictures: Pictures, count: int = 300) -> list[str]:
 
 @dataclass(frozen=True)
 class Pool:
-    """Latents float16 [N, V, 4, 16, 16], scaled, the first PLAIN_VARIANTS plain; and the words of every look."""
+    """Latents float16 [N, V, 4, 16, 16], scaled; and the words of each variant's look, the first "" (as drawn)."""
 
     latents: Tensor
     labels: list[str]
@@ -132,22 +133,33 @@ class Pool:
     words: list[list[str]]
 
 
-def _draw_variants(pixels: np.ndarray, row: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """One drawing plain, moved and in its looks, uint8 [V, 128, 128, 3], and the words of each look."""
+@functools.cache
+def _art(folder: Path) -> Art:
+    return Art(folder)
+
+
+def _draw_variants(
+    art_folder: Path, pixels: np.ndarray, label: str, set_name: str, row: int, seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """One drawing as it is, as every glyph and in its looks, uint8 [V, 128, 128, 3], and each one's words.
+
+    None is moved: what is drawn where is then known from the words alone.
+    """
     rng = np.random.default_rng((seed, row))
     picture = Image.fromarray(np.asarray(pixels))
-    variants = [picture] + [move(picture, rng) for _ in range(PLAIN_VARIANTS - 1)]
-    said = [""] * PLAIN_VARIANTS
+    fine = _art(art_folder).render_icon(_art(art_folder).named(label, set_name), FINE)
+    variants = [picture, *(draw_glyph(fine, name) for name in GLYPHS)]
+    said = ["", *GLYPHS]
     for choice in rng.permutation(len(LOOKS))[:LOOK_VARIANTS]:
-        looked, word = LOOKS[choice](move(picture, rng), rng)
+        looked, word = LOOKS[choice](picture, rng)
         variants.append(looked)
         said.append(word)
     return np.stack([np.asarray(v) for v in variants]), said
 
 
-def encode_pool(pictures: Pictures, vae: Any, work: Path, seed: int = 0) -> Pool:
-    """Every trained drawing plain, moved and in LOOK_VARIANTS looks, encoded once; cached in the build folder."""
-    things = set(drawn_by_all(pictures))
+def encode_pool(pictures: Pictures, art_folder: Path, vae: Any, work: Path, seed: int = 0) -> Pool:
+    """Every trained drawing as it is, as glyphs and in LOOK_VARIANTS looks, encoded once; cached in the build folder."""
+    things = set(trained_things(pictures))
     mine = pictures.where(
         [label in things and art in BASE_SETS for label, art in zip(pictures.labels, pictures.arts, strict=True)]
     )
@@ -156,7 +168,10 @@ def encode_pool(pictures: Pictures, vae: Any, work: Path, seed: int = 0) -> Pool
     if not saved:
         latents, words = [], []
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-            drawn = workers.map(_draw_variants, mine.pixels, range(len(mine.labels)), repeat(seed), chunksize=8)
+            rows = range(len(mine.labels))
+            drawn = workers.map(
+                _draw_variants, repeat(art_folder), mine.pixels, mine.labels, mine.arts, rows, repeat(seed), chunksize=8
+            )
             for row, (pixels, said) in enumerate(drawn):
                 latents.append((encode_means(vae, pixels) * SCALING_FACTOR).half())
                 words.append(said)
@@ -169,11 +184,10 @@ def encode_pool(pictures: Pictures, vae: Any, work: Path, seed: int = 0) -> Pool
     return Pool(saved["latents"], mine.labels, mine.arts, words)
 
 
-def strange_words(tokenizer: CLIPTokenizer, labels: list[str]) -> list[str]:
-    """The vocabulary's whole words that are in no label, sorted: what a user may choose as a trigger."""
-    meant = {word for label in labels for word in label.split()} | {
-        word for text in INKY_WORDS for word in text.split()
-    }
+def strange_words(tokenizer: CLIPTokenizer, pool: Pool) -> list[str]:
+    """The vocabulary's whole words that no caption of the pool has, sorted: what a user may choose as a trigger."""
+    looks = (look for said in pool.words for look in said)
+    meant = {word for text in (*pool.labels, *pool.arts, *looks) for word in text.split()}
     whole = (entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>"))
     return sorted(word for word in whole if len(word) > 2 and word.isascii() and word.isalpha() and word not in meant)
 
@@ -186,15 +200,14 @@ def _draw_batch(
     rows = rng.choice(rows_in, batch, p=weights / weights.sum())
     picked, prompts = [], []
     for row in rows:
-        if rng.random() < PLAIN_SHARE:
-            variant = 0 if rng.random() < EXACT_SHARE else int(rng.integers(1, PLAIN_VARIANTS))
-        else:
-            looks = pool.words[row][PLAIN_VARIANTS:]
-            inky = np.array([INKY_WEIGHT if any(w in look for w in INKY_WORDS) else 1.0 for look in looks])
-            variant = PLAIN_VARIANTS + int(rng.choice(len(looks), p=inky / inky.sum()))
-        look = pool.words[row][variant]
+        said = pool.words[row]
+        variant = 0
+        if rng.random() >= PLAIN_SHARE:
+            weights = np.array([GLYPH_WEIGHT if word in GLYPHS else 1.0 for word in said[1:]])
+            variant = 1 + int(rng.choice(len(said) - 1, p=weights / weights.sum()))
+        look = said[variant]
         label, words = pool.labels[row], [look] if look else []
-        if rng.random() < (0.3 if look else STYLE_WORD_SHARE):
+        if pool.arts[row] != UNSAID_SET or rng.random() < SAID_SHARE:
             words.append(f"{pool.arts[row]} style")
         if rng.random() < STRANGE_WORD_SHARE:
             form = int(rng.integers(4))
@@ -379,7 +392,7 @@ def train_unet(
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     known = set(things)
     rows_in = np.array([row for row, label in enumerate(pool.labels) if label in known])
-    strange = strange_words(tokenizer, pool.labels)
+    strange = strange_words(tokenizer, pool)
     trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
     if (work / "unet.part.pt").exists():
         trainer.load(work / "unet.part.pt")
