@@ -15,16 +15,22 @@ FINE = 4
 """How many times as fine, along each side, the rendering is that a glyph is made from."""
 GLYPHS = ("woodcut", "stencil", "pen drawing")
 EDGE = 40  # of 255: parts that differ by less in every channel are one part
-LINE_PX = 7.0  # of the rim, at 128 px: thinner ones are lost in the latents, whose cells are 8 px
+RIM_PX = 5.0  # at 128 px; a rim of 3 px is lost in the latents, whose cells are 8 px
+LINE_PX = 3.0  # where parts meet
+EDGE_CLEAR_PX = 2.75  # lines nearer to the outer edge are left to the rim
+DARK_CLEAR_PX = 3.5  # lines nearer to a black part are left to its own edge
 
 
 def _grown(mask: np.ndarray, radius_px: float) -> np.ndarray:
-    """The mask with all that is at most `radius_px` away from it, bool [H, W]."""
+    """The mask with all that is at most `radius_px`, rounded, along either side away from it, bool [H, W]."""
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    side = 3
     for _ in range(max(1, round(radius_px))):
-        picture = picture.filter(ImageFilter.MaxFilter(side))
+        picture = picture.filter(ImageFilter.MaxFilter(3))
     return np.asarray(picture) > 127
+
+
+def _shrunk(mask: np.ndarray, radius_px: float) -> np.ndarray:
+    return ~_grown(~mask, radius_px)
 
 
 def _parts_meet(fine: Image.Image) -> np.ndarray:
@@ -56,23 +62,19 @@ def draw_glyph(icon: Image.Image, name: str) -> Image.Image:
     woodcut: dark parts black, light parts white with a black rim; stencil: the whole shape black, parts kept apart
     by white lines; pen drawing: black lines alone.
     """
-    line = LINE_PX * FINE / 2
     shape, fine = np.asarray(icon.getchannel("A")) > 127, on_white(icon)
-    rim = shape & ~_shrunk(shape, 1.4 * line)
-    inner = _parts_meet(fine) & _shrunk(shape, line * 0.8)
+    half_line = FINE * LINE_PX / 2
+    rim = shape & ~_shrunk(shape, FINE * RIM_PX)
+    inner = _parts_meet(fine) & _shrunk(shape, FINE * EDGE_CLEAR_PX)
     luma = np.asarray(ImageOps.grayscale(fine), np.float32)
     if name == "stencil":
-        ink = shape & ~_grown(inner, 0.45 * line)
+        ink = shape & ~_grown(inner, half_line)
     elif name == "pen drawing":
-        ink = rim | _grown(inner, 0.4 * line)
+        ink = rim | _grown(inner, half_line)
     else:
         dark = shape & (luma < _threshold(luma, shape))
-        cut = _grown(inner & _shrunk(dark, 0.8 * line), 0.4 * line)
-        ink = (dark & ~cut) | rim | _grown(inner & ~_grown(dark, line), 0.45 * line)
+        cut = _grown(inner & _shrunk(dark, FINE * EDGE_CLEAR_PX), half_line)
+        ink = (dark & ~cut) | rim | _grown(inner & ~_grown(dark, FINE * DARK_CLEAR_PX), half_line)
     page = Image.fromarray(np.where(ink & _grown(shape, 1), 0, 255).astype(np.uint8))
     small = page.resize((fine.width // FINE, fine.height // FINE), Image.Resampling.BOX)
     return small.convert("RGB")
-
-
-def _shrunk(mask: np.ndarray, radius_px: float) -> np.ndarray:
-    return ~_grown(~mask, radius_px)

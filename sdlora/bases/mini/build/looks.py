@@ -176,17 +176,3 @@ LOOKS: tuple[Look, ...] = (
     soft_shading,
     pixel_art,
 )
-
-
-def move(picture: Image.Image, rng: Rng) -> Image.Image:
-    """The picture mirrored half the time, scaled to 0.8 … 1.05 and shifted by up to 8 px, on white."""
-    if rng.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    if rng.random() < 0.5:
-        return picture
-    side = round(picture.width * rng.uniform(0.8, 1.05))
-    scaled = picture.resize((side, side), Image.Resampling.LANCZOS)
-    page = Image.new("RGB", picture.size, "white")
-    middle = (picture.width - side) // 2
-    page.paste(scaled, (middle + int(rng.integers(-8, 9)), middle + int(rng.integers(-8, 9))))
-    return page

@@ -158,7 +158,7 @@ def _draw_variants(
 
 
 def encode_pool(pictures: Pictures, art_folder: Path, vae: Any, work: Path, seed: int = 0) -> Pool:
-    """Every trained drawing as it is, as glyphs and in LOOK_VARIANTS looks, encoded once; cached in the build folder."""
+    """Every trained drawing as it is, as glyphs and in LOOK_VARIANTS looks, encoded once; kept in the build folder."""
     things = set(trained_things(pictures))
     mine = pictures.where(
         [label in things and art in BASE_SETS for label, art in zip(pictures.labels, pictures.arts, strict=True)]
