@@ -78,7 +78,8 @@ def measure_style(base: Base, judge: Judge, lesson: Lesson, adapter: Adapter) ->
     things = [t for t in held_out_things(lesson) for _ in range(2)]
     seeds = [11, 12] * (len(things) // 2)
     rows: dict[str, Any] = {"things": len(set(things)), "pictures": len(things)}
-    for name, stack, words in (("base", (), ""), ("LoRA", [(adapter, 1.0)], f", {TRIGGERS_OF[lesson.name]}")):
+    said = f", {TRIGGERS_OF[lesson.name]}"
+    for name, stack, words in (("base", (), ""), ("base, same words", (), said), ("LoRA", [(adapter, 1.0)], said)):
         pictures = draw(base, [named(t) + words for t in things], seeds, stack)
         styles, ranks = judge.style_of(pictures), judge.rank_of(pictures, things)
         rows[f"{name}: style %"] = share([s == lesson.name for s in styles])

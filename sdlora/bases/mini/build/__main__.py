@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/mini"), help="states and caches (default build/mini)")
     parser.add_argument("--steps", type=int, help="default: the shipped weights' number for the stage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="unet: its peak (default 0.001)")
-    parser.add_argument("--from-shipped", action="store_true", help="unet: train the shipped weights further")
+    parser.add_argument("--learning-rate", type=float, help="peak (default 0.001; judge 0.002)")
+    parser.add_argument("--from-shipped", action="store_true", help="unet, judge: train what ships further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -62,19 +62,20 @@ def build_stage(args: argparse.Namespace) -> None:
         pool = encode_pool(pictures, args.art, load_vae(args.work, "vae"), args.work, args.seed)
         things = trained_things(pictures)
         settings = {"steps": args.steps or 9000, "seed": args.seed, "device": args.device, "shipped": shipped}
-        train_unet(pool, things, tokenizer, args.work, learning_rate=args.learning_rate, **settings)
+        train_unet(pool, things, tokenizer, args.work, learning_rate=args.learning_rate or 1e-3, **settings)
     elif args.stage == "decoder":
         vae = train_vae(
             pictures, args.work, steps=args.steps or 2000, seed=args.seed + 1, decoder_only=True, name="decoder"
         )
         print(f"PSNR over every tenth picture: {reconstruction_db(vae, pictures.pixels[::10]):.2f} dB")
     elif args.stage == "judge":
-        from .judge import export_judge, train_judge
+        from .judge import FOLDER, export_judge, train_judge
         from .judge_figures import publish_judge
 
-        train_judge(pictures, args.work, steps=args.steps or 3000, seed=args.seed)
+        settings = {"steps": args.steps or 3000, "seed": args.seed, "learning_rate": args.learning_rate or 2e-3}
+        train_judge(pictures, args.art, args.work, shipped=FOLDER if args.from_shipped else None, **settings)
         export_judge(args.work)
-        publish_judge(pictures, args.work)
+        publish_judge(pictures, args.art, args.work)
     elif args.stage == "datasets":
         from .datasets import write_datasets
 

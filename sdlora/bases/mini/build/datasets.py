@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .art import CAT_FACES
-from .pictures import CAT_LABEL, Pictures
+from .judge_glyphs import faces_in_order
+from .pictures import Pictures
 from .unet import drawn_by_all
 
 STYLE_PICTURES = 40
@@ -77,10 +77,9 @@ def write_datasets(pictures: Pictures, out: Path, seed: int = 0) -> None:
         (folder / "LICENSE.md").write_text(text, encoding="utf-8")
     folder = out / "cat"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [i for i, label in enumerate(pictures.labels) if label == CAT_LABEL]
-    faces = ["cat face", *(label for label in CAT_FACES if label != "cat face")]  # a thing of group 3, then the faces
-    for row, label in zip(rows, faces, strict=True):
+    faces = faces_in_order(pictures)
+    for row, label in faces.items():
         name = "".join(c if c.isalnum() else "-" for c in label)
         said = label.replace("cat", "mio cat", 1)
         _write(folder, name, pictures.pixels[row], _article(said))
-    (folder / "LICENSE.md").write_text(APACHE_NOTO.format(count=len(rows)), encoding="utf-8")
+    (folder / "LICENSE.md").write_text(APACHE_NOTO.format(count=len(faces)), encoding="utf-8")

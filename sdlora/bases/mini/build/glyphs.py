@@ -7,6 +7,8 @@ loses the thin parts, so shapes and lines are found on a rendering four times as
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
 from .art import on_white
@@ -23,10 +25,10 @@ DARK_CLEAR_PX = 3.5  # lines nearer to a black part are left to its own edge
 
 def _grown(mask: np.ndarray, radius_px: float) -> np.ndarray:
     """The mask with all that is at most `radius_px`, rounded, along either side away from it, bool [H, W]."""
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    for _ in range(max(1, round(radius_px))):
-        picture = picture.filter(ImageFilter.MaxFilter(3))
-    return np.asarray(picture) > 127
+    r = max(1, round(radius_px))
+    x = torch.from_numpy(mask)[None, None].float()
+    x = F.max_pool2d(F.max_pool2d(x, (2 * r + 1, 1), 1, (r, 0)), (1, 2 * r + 1), 1, (0, r))
+    return x[0, 0].numpy() > 0
 
 
 def _shrunk(mask: np.ndarray, radius_px: float) -> np.ndarray:

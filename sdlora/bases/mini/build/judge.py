@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..judge import FOLDER, INPUT_PX, OTHER, JudgeModel, words_of
 from .art import CAT_FACES, PACKAGES
+from .judge_glyphs import draw_glyphs
 from .judge_views import HIDE, KEEP, change_look, degrade, move, nothings
 from .pictures import CAT_LABEL, Pictures
 from .state import load_state, save_state
@@ -30,6 +31,7 @@ HELD_OUT_SHARE = 0.08
 HELD_OUT_CATS = 2
 EARLY_PX = 48  # the first part of training sees smaller pictures, which takes half the time
 EARLY_SHARE = 0.6
+GLYPH_SHARE = 0.25  # of the pictures that have glyphs
 NOTHINGS = 3  # pictures of nothing in a batch
 STYLE_WEIGHT = 0.5
 OTHER_WEIGHT = 0.3  # changed looks are several times as many as any one style
@@ -46,6 +48,8 @@ class Lesson:
     labels: list[str]
     styles: list[str]
     held: np.ndarray  # bool [N]: never trained on
+    glyphs: np.ndarray  # uint8 [G, M, 64, 64, 3]: black and white
+    glyph_rows: np.ndarray  # int64 [N]: each picture's place in the glyphs, or -1
 
 
 def label_of(label: str) -> str:
@@ -109,13 +113,14 @@ def round_trips(pictures: Pictures, work: Path, batch: int = 32) -> np.ndarray |
     return out
 
 
-def prepare_lesson(pictures: Pictures, work: Path) -> Lesson:
-    """The pictures at the judge's size, with their round trips where the VAE is there."""
+def prepare_lesson(pictures: Pictures, art_folder: Path, work: Path) -> Lesson:
+    """The pictures at the judge's size, with their round trips where the VAE is there, and their glyphs."""
     n = len(pictures.labels)
     drawn = np.concatenate([_halve(np.asarray(pictures.pixels[i : i + 256])) for i in range(0, n, 256)])[None]
     trips = round_trips(pictures, work)
     names = [label_of(label) for label in pictures.labels]
     labels, styles = sorted(set(names)), list(STYLES.values())
+    glyphs, place = draw_glyphs(pictures, art_folder, work)
     return Lesson(
         drawn if trips is None else np.concatenate([drawn, trips]),
         torch.tensor([labels.index(name) for name in names]),
@@ -123,6 +128,8 @@ def prepare_lesson(pictures: Pictures, work: Path) -> Lesson:
         labels,
         styles,
         held_out(pictures),
+        glyphs,
+        np.array([place.get(row, -1) for row in range(n)]),
     )
 
 
@@ -133,8 +140,15 @@ def _batch(lesson: Lesson, rows_in: np.ndarray, step: int, batch: int, seed: int
     rows = picks.choice(rows_in, batch)
     versions = picks.integers(1, len(lesson.pixels), batch) if len(lesson.pixels) > 1 else np.zeros(batch, int)
     versions[picks.random(batch) < 0.5] = 0
-    x = torch.from_numpy(lesson.pixels[versions, rows]).permute(0, 3, 1, 2).float() / 255
-    x, effect = change_look(move(x, rng), 0.55, rng)
+    pixels = lesson.pixels[versions, rows]
+    inked = (picks.random(batch) < GLYPH_SHARE) & (lesson.glyph_rows[rows] >= 0)
+    kinds = picks.integers(0, len(lesson.glyphs), int(inked.sum()))
+    pixels[inked] = lesson.glyphs[kinds, lesson.glyph_rows[rows[inked]]]
+    x = move(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, rng)
+    looked, effect = change_look(x, 0.55, rng)
+    black_and_white = torch.from_numpy(inked)
+    x = torch.where(black_and_white[:, None, None, None], x, looked)
+    effect[black_and_white] = HIDE  # as two-tone: too near to ink to be taught that it is not
     x[:NOTHINGS] = nothings(NOTHINGS, INPUT_PX, rng)
     x = degrade(x, rng)
     labels, styles = lesson.label_rows[rows].clone(), lesson.style_rows[rows].clone()
@@ -170,6 +184,7 @@ def _loss(
 
 def train_judge(
     pictures: Pictures,
+    art_folder: Path,
     work: Path,
     *,
     steps: int,
@@ -177,13 +192,19 @@ def train_judge(
     batch: int = 64,
     learning_rate: float = 2e-3,
     name: str = "judge",
+    shipped: Path | None = None,
 ) -> None:
-    """Trains to `steps`, going on from the last saved state; leaves the averaged weights as `work/{name}.pt`."""
+    """Trains to `steps`, going on from the last saved state; leaves the averaged weights as `work/{name}.pt`.
+
+    `shipped`, a judge's folder, is started from instead of random weights.
+    """
     torch.manual_seed(seed)
-    lesson = prepare_lesson(pictures, work)
+    lesson = prepare_lesson(pictures, art_folder, work)
     rows_in = np.flatnonzero(~lesson.held)
     vocabulary = sorted({word for label in lesson.labels for word in words_of(label)})
     model = JudgeModel(vocabulary, len(lesson.styles)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if shipped is not None:
+        model.load_state_dict({k: v.float() for k, v in load_file(shipped / "model.safetensors").items()})
     tokens = model.text.tokens(lesson.labels)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]

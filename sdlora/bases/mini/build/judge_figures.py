@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..judge import FOLDER, INPUT_PX, OTHER, Judge, load_judge
 from .art import CAT_FACES
+from .glyphs import GLYPHS
 from .judge import Lesson, prepare_lesson
 from .judge_views import LOOKS, nothings
 from .pictures import CAT_LABEL, Pictures
@@ -82,9 +83,21 @@ def _cat_figures(judge: Judge, pictures: Pictures, lesson: Lesson) -> Table:
     return table
 
 
-def measure_judge(judge: Judge, pictures: Pictures, work: Path) -> dict[str, Table]:
-    """Tables of shares (0..1): "accuracy", "by style", "called ink", "called the cat", "nothing drawn"."""
-    lesson = prepare_lesson(pictures, work)
+def _glyph_figures(judge: Judge, lesson: Lesson, labels: np.ndarray) -> Table:
+    """Each kind of glyph, of drawings held out and trained on: things recognised, and the share called ink."""
+    table = Table()
+    for kind, name in enumerate(GLYPHS):
+        for said, rows in (("held out", lesson.held), ("trained on", ~lesson.held)):
+            picked = np.flatnonzero(rows & (lesson.glyph_rows >= 0))
+            images = _images(lesson.glyphs[kind][lesson.glyph_rows[picked]])
+            row = _recognised(judge, images, labels[picked].tolist(), ["ink"] * len(images))
+            table[f"{name}, {said}"] = {**{k: v for k, v in row.items() if k != "style"}, "ink": row["style"]}
+    return table
+
+
+def measure_judge(judge: Judge, pictures: Pictures, art_folder: Path, work: Path) -> dict[str, Table]:
+    """Tables of shares (0..1): "accuracy", "by style", "black and white", "called ink", "called the cat" …"""
+    lesson = prepare_lesson(pictures, art_folder, work)
     labels = np.array([lesson.labels[i] for i in lesson.label_rows.tolist()])
     styles = np.array([lesson.styles[i] for i in lesson.style_rows.tolist()])
     accuracy, by_style, ink = Table(), Table(), Table()
@@ -110,6 +123,7 @@ def measure_judge(judge: Judge, pictures: Pictures, work: Path) -> dict[str, Tab
     return {
         "accuracy": accuracy,
         "by style, held out": by_style,
+        "black and white": _glyph_figures(judge, lesson, labels),
         "called ink": ink,
         "called the cat": _cat_figures(judge, pictures, lesson),
         "nothing drawn": {"blank, noise and blotches": shares},
@@ -129,9 +143,9 @@ def as_markdown(tables: dict[str, Table]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def publish_judge(pictures: Pictures, work: Path, folder: Path = FOLDER) -> dict[str, Table]:
+def publish_judge(pictures: Pictures, art_folder: Path, work: Path, folder: Path = FOLDER) -> dict[str, Table]:
     """Measures the judge in `folder`; writes `figures.json` and the tables below README.md's "## Measured"."""
-    tables = measure_judge(load_judge(folder), pictures, work)
+    tables = measure_judge(load_judge(folder), pictures, art_folder, work)
     (folder / "figures.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     readme = folder / "README.md"
     head = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""

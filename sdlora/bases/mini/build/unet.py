@@ -78,7 +78,7 @@ def new_text_encoder(tokens: int) -> Any:
         CLIPTextConfig(
             vocab_size=tokens,
             hidden_size=128,
-            intermediate_size=512,
+            intermediate_size=1536,
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=77,
