@@ -158,6 +158,10 @@ class Recipe:
     """Learning rate of SDXL's second text encoder. Without it: the first's."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of the frozen base; what is trained is always float32."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Keeps the linear layers of the frozen base in 8 or 4 bits: less memory, slower; nf4 needs sdlora[quantise]."""
+    recompute: Literal["none", "feed-forward", "all"] = "none"
+    """Keeps less for the backward pass and computes it twice: feed-forward (a third less memory), or all; slower."""
     preview: tuple[str, ...] = ()
     """Prompt to draw during the run, always from the same noise; may be given several times."""
     preview_every: int = 0
@@ -198,7 +202,9 @@ class Recipe:
 FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
 """Each field's name and type."""
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
-UNDECISIVE = frozenset({"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge"})
+UNDECISIVE = frozenset(
+    {"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge", "recompute"}
+)
 """Fields that do not change what is learnt; of a file that they name, the contents decide, and not the path."""
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .adapter.delta import Adapter
-from .bases.family import Base, load_base
+from .bases.family import Base, load_base, pick_device
+from .bases.quantisation import check_quantise
 from .bases.schedule import with_schedule
 from .combining.merge import merge_for_good, merged_for_a_while
 from .config import Recipe, make_recipe
@@ -34,22 +37,27 @@ def train(
     """
     named = make_recipe({**recipe, "base": base.name if isinstance(base, Base) else base})
     if isinstance(base, str):
-        loaded = load_base(
-            base,
-            device=device,
-            precision=named.precision,
-            prediction=named.prediction,
-            zero_snr=named.zero_terminal_snr,
-        )
-        return _train(folder, merge_for_good(loaded, named.merge), named, out, restart, cache)
+        check_quantise(named.quantise, pick_device(device))
+        return _train(folder, partial(_load, named, device), named, out, restart, cache)
     base = with_schedule(base, None if named.prediction == "auto" else named.prediction, named.zero_terminal_snr)
     with merged_for_a_while(base, named.merge) as merged:
         return _train(folder, merged, named, out, restart, cache)
 
 
+def _load(recipe: Recipe, device: str) -> Base:
+    base = load_base(
+        recipe.base,
+        device=device,
+        precision=recipe.precision,
+        prediction=recipe.prediction,
+        zero_snr=recipe.zero_terminal_snr,
+    )
+    return merge_for_good(base, recipe.merge)
+
+
 def _train(
     folder: str | Path,
-    base: Base,
+    base: Base | Callable[[], Base],
     recipe: Recipe,
     out: str | Path | None,
     restart: bool,

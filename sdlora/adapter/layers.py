@@ -20,6 +20,7 @@ from ..errors import AdapterFileError, ConfigError, RunError
 from .delta import Adapter, Card, Delta, Dora, LowRank, pair_of
 from .dropout import Dropout
 from .operators import CastCache, DoraLinear, LoraLinear, compute_dtype, row_norms
+from .quantised import count_parameters
 from .sites import LayerPlan, Site, Targets, find_sites
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -281,11 +282,10 @@ def attach(
     sites = find_sites(modules, targets, rank, float(alpha), plan)
     casts, dropout = CastCache(), Dropout(seed, plan.dropout, plan.rank_dropout, plan.module_dropout)
     layers = [LoraLayer(site, seed, casts, dropout, dora=plan.dora) for site in sites]
-    total = sum(p.numel() for m in modules.values() for p in m.parameters())
     words = list(dict.fromkeys(word for part in targets.values() for word in part))
     usual = set(words) <= {"attention", *UNET_TARGETS, *TEXT_ENCODER_TARGETS}
     notes = ([] if usual else [f"targets {', '.join(words)}"]) + plan.describe()
-    attached = LoraLayers(layers, total, rank, float(alpha), dropout, tuple(notes))
+    attached = LoraLayers(layers, count_parameters(*modules.values()), rank, float(alpha), dropout, tuple(notes))
     attached.attach()
     return attached
 

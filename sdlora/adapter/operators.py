@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import Masks
+from .quantised import QuantisedWeight, dense_weight
 
 KEEP_AX_UP_TO = 1 / 16
 """Ax is kept for the backward pass where rank / in_features is at most this; above it is computed again from x."""
@@ -31,13 +32,13 @@ class LoraLinear(torch.autograd.Function):
         x: Tensor,
         down: Tensor,
         up: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantisedWeight,
         bias: Tensor | None,
         scale: float,
         masks: Masks | None,
     ) -> Tensor:
         dtype = x.dtype
-        y = F.linear(x, weight, bias)  # under autocast this casts the weight; elsewhere it refuses another dtype
+        y = F.linear(x, _unpack(weight, dtype), bias)
         a, b = down.to(dtype), (up * scale).to(dtype)  # [rank, in], [out, rank] with the scale folded in
         ax = _go_down(x, a, masks)  # [N, rank]
         y = y.contiguous()
@@ -69,13 +70,13 @@ class DoraLinear(torch.autograd.Function):
         up: Tensor,
         magnitude: Tensor,
         norm: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantisedWeight,
         bias: Tensor | None,
         scale: float,
         masks: Masks | None,
     ) -> Tensor:
         dtype = x.dtype
-        y = F.linear(x, weight).contiguous()
+        y = F.linear(x, _unpack(weight, dtype)).contiguous()
         a, b = down.to(dtype), (up * scale).to(dtype)  # [rank, in], [out, rank]
         ax = _go_down(x, a, masks)  # [N, rank]
         z = y.view(-1, y.shape[-1])  # [N, out]
@@ -95,19 +96,24 @@ class DoraLinear(torch.autograd.Function):
             dmagnitude = None
             if ctx.needs_input_grad[4]:
                 ax = _go_down(x, a, ctx.masks) if ax is None else ax
-                z = (x.reshape(-1, x.shape[-1]) @ ctx.weight.to(x.dtype).T).addmm_(ax, b.T)
+                z = (x.reshape(-1, x.shape[-1]) @ dense_weight(ctx.weight, x.dtype).T).addmm_(ax, b.T)
                 dmagnitude = (g.to(c.dtype) * z).sum(0) / norm
                 del z
             dx, ddown, dup = _lora_gradients(ctx, (g * c).to(g.dtype), x, ax, a, b)
         return dx, None, ddown, dup, dmagnitude, None, None, None, None, None
 
 
-def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def row_norms(weight: Tensor | QuantisedWeight, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """‖W + scale · up · down‖ of each output, float32 [out]; a row of zeros has the smallest number there is."""
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        base = weight.detach().float().flatten(1)  # [out, in·kh·kw]
+        base = dense_weight(weight, torch.float32).detach().flatten(1)  # [out, in·kh·kw]
         turned = torch.addmm(base, up.detach().float().flatten(1), down.detach().float().flatten(1), alpha=scale)
         return torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _unpack(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is: under autocast F.linear casts it, elsewhere it refuses another dtype."""
+    return weight if isinstance(weight, Tensor) else weight.dense(dtype)
 
 
 def _keep(
@@ -117,7 +123,7 @@ def _keep(
     ax: Tensor,
     a: Tensor,
     b: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantisedWeight,
     scale: float,
     masks: Masks | None,
     *more: Tensor,
@@ -164,7 +170,7 @@ def _lora_gradients(
         gb = None if gb is None else _mask_rank(gb, x, masks)
     if ctx.needs_input_grad[0]:
         assert gb is not None
-        dx = g @ ctx.weight.to(g.dtype)
+        dx = g @ dense_weight(ctx.weight, g.dtype)
         dx = dx.addmm_(gb, a) if mask is None else dx.addcmul_(gb @ a, mask)
         dx = dx.view(x.shape).to(ctx.source_dtype)
     if ctx.needs_input_grad[2]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ import torch
 from ..adapter.delta import Adapter, Card
 from ..adapter.file import read_adapter, write_adapter
 from ..adapter.layers import LoraLayers
-from ..bases.family import Base, load_base
+from ..bases.family import Base, load_base, pick_device
+from ..bases.quantisation import check_quantise, quantise_base
 from ..config import UNDECISIVE, Recipe
 from ..data.buckets import describe_crops, draw_places, plan_cuts, read_bucketing
 from ..data.cache import Encoded, encode_folder
@@ -33,6 +35,7 @@ from .optim import make_optimizer, rate_factor, rates_of, schedule_of, set_rate
 from .optimizers import check_optimizer
 from .preview import Previews
 from .progress import Progress, say
+from .recomputation import recomputing
 from .run import Run, check_out
 from .settings import advise
 from .setup import make_accelerator, release, same_threads
@@ -66,27 +69,37 @@ def run_training(
     """
     run = _open_run(folder, out, restart)
     examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
+    check_quantise(recipe.quantise, pick_device(device))
     say(describe_run(recipe, examples, out))
-    # No name here keeps the base: parts that training lets go of must leave memory.
-    _train(examples, prepare(_load_base(recipe, device)), recipe, run, restart, cache)
+    base = partial(_load_prepared, recipe, device, prepare)
+    _train(examples, _take(base, recipe), recipe, run, restart, cache)
     return run.out
 
 
-def _load_base(recipe: Recipe, device: str) -> Base:
-    return load_base(
-        recipe.base,
-        device=device,
-        precision=recipe.precision,
-        prediction=recipe.prediction,
-        zero_snr=recipe.zero_terminal_snr,
+def _load_prepared(recipe: Recipe, device: str, prepare: Callable[[Base], Base]) -> Base:
+    return prepare(
+        load_base(
+            recipe.base,
+            device=device,
+            precision=recipe.precision,
+            prediction=recipe.prediction,
+            zero_snr=recipe.zero_terminal_snr,
+        )
     )
 
 
 def train_adapter(
-    folder: Path, base: Base, recipe: Recipe, out: Path, *, restart: bool = False, cache: Path | None = None
+    folder: Path,
+    base: Base | Callable[[], Base],
+    recipe: Recipe,
+    out: Path,
+    *,
+    restart: bool = False,
+    cache: Path | None = None,
 ) -> Adapter:
     """Trains a LoRA on a folder of pictures and writes it to `out`, a `.safetensors` file; the base stays as it was.
 
+    Of what loads a base, in place of one, nothing is kept: its parts leave memory once their work is done.
     State and metrics go to `<out without suffix>.run/`; the same call goes on where it stopped, and once it is done
     gives the adapter back unchanged. `cache` is a folder that keeps encoded pictures and captions between runs.
     The recipe's precision is taken from the base, which is loaded already.
@@ -96,7 +109,18 @@ def train_adapter(
     """
     run = _open_run(folder, out, restart)
     examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
-    return _train(examples, base, recipe, run, restart, cache)
+    return _train(examples, _take(base, recipe), recipe, run, restart, cache)
+
+
+def _take(base: Base | Callable[[], Base], recipe: Recipe) -> Base:
+    """The base as it is trained on: what a LoRA comes on top of is quantised; frozen text encoders are used but once.
+
+    No name of the callers' keeps one that was loaded: parts that training lets go of must leave memory.
+    """
+    given = isinstance(base, Base)
+    loaded = base if isinstance(base, Base) else base()
+    parts = tuple(loaded.family.default_targets(recipe.text_encoder))
+    return quantise_base(loaded, recipe.quantise, parts, own=not given)
 
 
 def describe_run(recipe: Recipe, examples: list[Example], out: Path) -> str:
@@ -209,7 +233,8 @@ def fit(
     validation = Validation.of(recipe, len(encoded.repeats))
     chances, schedule = chances_of(base, encoded, recipe, validation), schedule_of(recipe)
     metrics, progress = Metrics(run.metrics, state.saved), Progress(state.saved, recipe.steps)
-    with closing(metrics), closing(progress), watch_signals() as stop:
+    kept = recomputing(base.modules, recipe.recompute)
+    with closing(metrics), closing(progress), watch_signals() as stop, kept:
         for step in range(state.saved, recipe.steps):
             start_s = time.perf_counter()
             rate = set_rate(optimizer, rate_factor(step, **schedule))

@@ -7,7 +7,7 @@ from ..config import Recipe
 
 def describe_learning(recipe: Recipe) -> list[str]:
     """The objective, the noise and timesteps, and the schedule, each where it is not the default."""
-    return [*_objective(recipe), *_noise(recipe), *_times(recipe), *_steps(recipe)]
+    return [*_objective(recipe), *_noise(recipe), *_times(recipe), *_steps(recipe), *_memory(recipe)]
 
 
 def advise(recipe: Recipe) -> list[str]:
@@ -62,4 +62,17 @@ def _steps(recipe: Recipe) -> list[str]:
         lines.append(
             f"{recipe.validation_share:g} of the pictures held out, measured every {recipe.validate_every} steps"
         )
+    return lines
+
+
+def _memory(recipe: Recipe) -> list[str]:
+    bits = {"int8": 8, "nf4": 4}
+    lines = (
+        [f"the base's linear layers in {bits[recipe.quantise]} bits ({recipe.quantise})"]
+        if recipe.quantise in bits
+        else []
+    )
+    recomputed = {"feed-forward": "feed-forward layers", "all": "everything"}
+    if recipe.recompute in recomputed:
+        lines.append(f"{recomputed[recipe.recompute]} computed again in the backward pass")
     return lines
