@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before anything imports the libraries that read them.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, other libraries import it too
     try:
         return dispatch(sys.argv[1:] if argv is None else argv)
     except SdloraError as error:
@@ -148,7 +150,7 @@ def run_check(args: Namespace) -> int:
 
     recipe = read_recipe(args)
     survey = survey_folder(args.data, recipe.trigger, caption_lines=recipe.caption_lines)
-    resolution_px, count = recipe.resolution, None
+    resolution_px, count, facts = recipe.resolution, None, None
     try:
         facts = read_base_facts(recipe.base, recipe.prediction)
         facts.count_tokens([])
@@ -161,16 +163,32 @@ def run_check(args: Namespace) -> int:
         cuts = leave_out_held(cuts, recipe)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
     report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
+    memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
     if args.json:
         print_json(report)
     else:
         cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else ()
-        for line in list_report(report, len({e.caption for e in survey.examples}), cut_lines):
+        for line in list_report(report, len({e.caption for e in survey.examples}), cut_lines, memory_lines):
             print(show_name(line))
     if survey.problems:
         say(f"error: {describe_problems(survey.folder, survey.problems)}")
         return 2
     return 0
+
+
+def forecast_memory(report: dict[str, Any], source: Path, recipe: Recipe, cuts: Cuts) -> list[str]:
+    """The lines that say how much memory training will need; the figures go into the report, under `memory`.
+
+    Raises: ConfigError where the recipe does not fit the base, or its quantisation lacks its package.
+    """
+    from .bases.family import pick_device
+    from .bases.quantisation import check_quantise
+    from .training.memory import describe_memory, estimate_memory
+
+    check_quantise(recipe.quantise, pick_device("auto"))
+    largest = max((cut.size for cut in cuts.cuts), key=lambda size: size[0] * size[1])
+    report["memory"] = estimate_memory(source, recipe, largest)
+    return describe_memory(report["memory"])
 
 
 # --- train --------------------------------------------------------------------------------------------------------
@@ -269,7 +287,8 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
 
     check_files(named_files(recipe))
     check_output(out, named_files(recipe))
-    side_px = recipe.resolution or read_base_facts(recipe.base, recipe.prediction).resolution_px
+    facts = read_base_facts(recipe.base, recipe.prediction)
+    side_px = recipe.resolution or facts.resolution_px
     images = recipe.steps * recipe.images_per_step
     run = out.with_suffix(".run")
     cuts = leave_out_held(plan_cuts(examples, read_bucketing(recipe, side_px)), recipe)
@@ -282,6 +301,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
         f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),
         *(f"cut          {line}" for line in cuts.describe(recipe.images_per_step) + describe_crops(recipe)),
         f"length       {recipe.steps} steps x {recipe.images_per_step} = {images} images, {images / shown:.1f} epochs",
+        *(f"memory       {line}" for line in forecast_memory({}, facts.source, recipe, cuts)),
         f"writes       {out}",
         f"run folder   {run}" + (" (exists: goes on there if it holds the same run)" if run.exists() else ""),
         "recipe",

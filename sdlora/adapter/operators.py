@@ -105,7 +105,8 @@ class DoraLinear(torch.autograd.Function):
 
 def row_norms(weight: Tensor | QuantisedWeight, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """‖W + scale · up · down‖ of each output, float32 [out]; a row of zeros has the smallest number there is."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    plainly = torch.autocast(weight.device.type, enabled=False) if _autocasts(weight) else nullcontext()
+    with torch.no_grad(), plainly:
         base = dense_weight(weight, torch.float32).detach().flatten(1)  # [out, in·kh·kw]
         turned = torch.addmm(base, up.detach().float().flatten(1), down.detach().float().flatten(1), alpha=scale)
         return torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -137,8 +138,7 @@ def _keep(
 def _without_autocast(ctx: Any, dy: Tensor) -> AbstractContextManager[object]:
     if ctx.weight._version != ctx.version:
         raise RuntimeError("the weight of a module with a LoRA was changed between its forward and backward pass")
-    device = dy.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(dy.device.type, enabled=False) if _autocasts(dy) else nullcontext()
 
 
 def _go_down(x: Tensor, a: Tensor, masks: Masks | None) -> Tensor:
@@ -217,7 +217,12 @@ class CastCache:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in here: autocast's where it is on, else x's own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocasts(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocasts(x: Tensor | QuantisedWeight) -> bool:
+    """Whether autocast is on for x's device; a meta tensor's knows none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -157,6 +159,15 @@ def count_parameters(*modules: nn.Module) -> int:
     """The modules' parameters, those in few bits too."""
     packed = sum(m.weight.numel() for top in modules for m in top.modules() if isinstance(m, QuantisedLinear))
     return packed + sum(p.numel() for top in modules for p in top.parameters())
+
+
+def packed_bytes(shape: Sequence[int], kind: Quantisation) -> int:
+    """What a weight [out, in] takes once it is quantised."""
+    count = math.prod(shape)
+    if kind == "int8":
+        return count + 4 * shape[0]
+    blocks = math.ceil(count / NF4_BLOCK)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)
 
 
 def load_bitsandbytes() -> Any:

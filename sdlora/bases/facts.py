@@ -13,7 +13,8 @@ LATENT_FACTOR = 8
 """Pixels along one side of a latent cell."""
 CHUNK_TOKENS = 75
 """Tokens of a prompt that a CLIP text encoder reads at once, between its start and its end."""
-_FEW_FILES = ("model_index.json", "unet/config.json", "tokenizer/*")
+_CONFIGS = tuple(f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
+_FEW_FILES = ("model_index.json", *_CONFIGS, "tokenizer/*")
 
 
 @dataclass(frozen=True)

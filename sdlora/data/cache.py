@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..bases.text import Text
 
 _Item = TypeVar("_Item")
-_BATCH_PX = 16 * 128 * 128  # what one pass through the VAE may hold: 16 pictures of 128 px, one of 512
+BATCH_PX = 16 * 128 * 128  # what one pass through the VAE may hold: 16 pictures of 128 px, one of 512
 _BATCH_CAPTIONS = 32
 _LINE_EVERY_S = 10.0
 
@@ -193,7 +193,7 @@ def _encode_pictures(
     batches = []
     for size in buckets:
         members = [i for i, one in enumerate(wanted) if one.size == size]
-        most = 1 if store else max(1, _BATCH_PX // (size[0] * size[1]))
+        most = 1 if store else max(1, BATCH_PX // (size[0] * size[1]))
         batches += [members[i : i + most] for i in range(0, len(members), most)]
     maker = (fingerprint([base.modules["vae"]]), base.dtype, name_machine(base.device)) if store else ()
     found: dict[Size, list[list[tuple[Tensor, Tensor]]]] = {size: [] for size in buckets}

@@ -54,6 +54,7 @@ def write_report(
         "images_per_epoch": shown,
         "steps": steps,
         "epochs": round(steps * images_per_step / shown, 2) if shown else None,
+        "memory": None,
     }
 
 
@@ -71,7 +72,9 @@ def find_near_duplicates(survey: Survey) -> list[list[str]]:
     return group_alike({name: look for name, look in survey.looks.items() if first[survey.pixels[name]] == name})
 
 
-def list_report(report: dict[str, Any], different_captions: int, cut_lines: Sequence[str] = ()) -> list[str]:
+def list_report(
+    report: dict[str, Any], different_captions: int, cut_lines: Sequence[str] = (), memory_lines: Sequence[str] = ()
+) -> list[str]:
     """The same document as lines for a person."""
     lines = [
         f"pictures          {report['pictures']}",
@@ -82,6 +85,7 @@ def list_report(report: dict[str, Any], different_captions: int, cut_lines: Sequ
         lines.append(f"steps             {report['steps']}, which are {report['epochs']:g} epochs")
     lines += [f"trained at        {size}: {n}" for size, n in report["buckets"].items()]
     lines += [f"cut               {line}" for line in cut_lines]
+    lines += [f"memory            {line}" for line in memory_lines]
     for row in report["truncated"] or []:
         lines.append(f"caption too long  {row['file']}: {row['tokens']} tokens, the base reads {row['limit']}")
     lines += [f"same picture      {', '.join(names)}" for names in report["duplicates"]]
