@@ -256,4 +256,5 @@ def test_the_report_counts_repeats_duplicates_and_long_captions(tmp_path):
         "images_per_epoch": 5,
         "steps": 6,
         "epochs": 2.4,
+        "memory": None,
     }

@@ -93,7 +93,10 @@ def make_full_size(family: str):
 
 @pytest.mark.parametrize(
     ("family", "side_px", "published"),
-    [("sd1", 512, {"none": 0.75, "all": 0.14}), ("sdxl", 1024, {"none": 5.22, "all": 0.45})],
+    [
+        ("sd1", 512, {"none": 0.75, "all": 0.14}),
+        pytest.param("sdxl", 1024, {"none": 5.22, "all": 0.45}, marks=pytest.mark.slow),
+    ],
 )
 def test_full_size_bases_keep_what_was_published(family: str, side_px: int, published: dict[str, float]) -> None:
     recipe = Recipe(batch_size=1, rank=8, precision="bf16")
@@ -187,7 +190,7 @@ def test_more_needs_more(sources) -> None:
 
     plain = total()
     assert total(batch_size=4)["activations"] == pytest.approx(2 * plain["activations"], rel=0.05)
-    assert total((128, 64))["activations"] > 1.8 * plain["activations"]
+    assert total((128, 64))["activations"] > 1.7 * plain["activations"]  # the factors' copies stay
     assert total((128, 64))["encoding"] == pytest.approx(plain["encoding"], rel=0.01)  # half as many at once
     kept = [total(recompute=how) for how in ("none", "feed-forward", "all")]
     assert kept[0]["activations"] > kept[1]["activations"] > kept[2]["activations"]
