@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint clean
+.PHONY: install demo test test-fast test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -20,7 +20,10 @@ test: install
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not full"
+
+test-full: install
+	$(BIN)/python -m pytest -m full
 
 lint: install
 	$(BIN)/ruff check .
