@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -23,15 +24,26 @@ FAMILIES = {
     "mini-subject": "mini",
     "sd15-style": "sd1",
     "sd15-subject": "sd1",
+    "sd15-6gb": "sd1",
     "sd21-style": "sd2",
     "sdxl-style": "sdxl",
     "sdxl-subject": "sdxl",
+    "sdxl-12gb": "sdxl",
+    "sdxl-8gb": "sdxl",
     "sdxl-vpred-style": "sdxl",
 }
 V = {"prediction_type": "v_prediction"}
 SCHEDULES = {"sd21-style": V}
 SMALL = {"resolution": 64, "steps": 2}
 """What makes a preset's run a matter of seconds."""
+EFFECTS = {
+    ("weighting", "debiased"): "debiased weighting",
+    ("quantise", "nf4"): "linear layers in 4 bits",
+    ("quantise", "int8"): "linear layers in 8 bits",
+    ("recompute", "feed-forward"): "feed-forward layers computed again",
+    ("recompute", "all"): "everything computed again",
+}
+"""By field and value, what a run says of it."""
 
 each_preset = pytest.mark.parametrize("name", FAMILIES)
 
@@ -109,23 +121,29 @@ def test_nothing_of_a_preset_takes_effect_that_the_plan_does_not_show(name, fold
 
 @each_preset
 def test_a_preset_trains_two_steps_on_a_base_of_its_family(name, folder, bases, tmp_path, capsys):
+    small: dict[str, object] = dict(SMALL)
+    if recipe_from_toml(path_of(name)).quantise == "nf4" and not importlib.util.find_spec("bitsandbytes"):
+        small["quantise"] = "int8"  # the other kind needs no package and goes the same way
     out = tmp_path / "out.safetensors"
     if FAMILIES[name] == "mini":
-        recipe = recipe_from_toml(path_of(name), SMALL | {"precision": "fp32"})
+        recipe = recipe_from_toml(path_of(name), small | {"precision": "fp32"})
         train_adapter(folder, make_tiny_base(), recipe, out)
     else:
-        flags = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+        flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
         flags += ["--base", bases[name], "--device", "cpu", "--precision", "fp32", "--out", str(out)]
         assert main(["train", str(folder), "--config", str(path_of(name)), *flags]) == 0
-        recipe = recipe_from_toml(path_of(name), SMALL)
+        recipe = recipe_from_toml(path_of(name), small)
     rows = [json.loads(line) for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 < row["loss"] < 100 for row in rows)
     adapter = read_adapter(out)
     assert adapter.card.family == FAMILIES[name]
+    said = " ".join(capsys.readouterr().err.split())
+    for value, words in EFFECTS.items():
+        assert (words in said) == (getattr(recipe, value[0]) == value[1]), value
     settings = adapter.card.settings
-    values = tomllib.loads(path_of(name).read_text(encoding="utf-8")) | SMALL
-    for key in values.keys() - {"base", "precision", "checkpoint_every"}:
+    values = tomllib.loads(path_of(name).read_text(encoding="utf-8")) | small
+    for key in values.keys() - {"base", "precision", "checkpoint_every", "recompute"}:
         kept = list(settings[key]) if isinstance(settings[key], tuple) else settings[key]
         assert kept == values[key], key
     learnt = [path for path, delta in adapter.deltas.items() if float(delta.weight().abs().max()) > 0]
@@ -155,3 +173,30 @@ def test_the_velocity_preset_trains_down_to_pure_noise(folder, bases, tmp_path, 
         )
     assert seen[0] == 0
     assert seen[1] > 0
+
+
+def test_the_published_figures_have_a_row_for_every_preset():
+    from benchmarks.presets import COLUMNS, NOT_MEASURED, TABLE, list_presets, list_rows, render
+
+    recipes = list_presets()
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == sorted(FAMILIES) == list(recipes)
+    figures = {"steps_bytes": 3 * 2**30, "encoding_bytes": 2**29, "seconds": 0.25, "on": "a card"}
+    table = list_rows(recipes, {"sdxl-8gb": figures})
+    assert "| `sdxl-8gb` | 4 in 4 passes | 3.00 GiB | 0.50 GiB | 0.250 | a card |" in table
+    assert f"| `sd15-style` | 4 |{f' {NOT_MEASURED} |' * 3} – |" in table
+    assert all(line.count("|") == len(COLUMNS) + 1 for line in table)
+    if "GiB |" not in TABLE.read_text(encoding="utf-8"):
+        assert TABLE.read_text(encoding="utf-8") == render(recipes, {})
+
+
+def test_a_measurement_trains_the_preset_as_it_stands(bases, tmp_path):
+    from benchmarks.presets import STEPS, measure
+
+    found = measure("sd15-style", bases["sd15-style"], tmp_path, "cpu", resolution=64, precision="fp32", batch_size=1)
+    assert found.keys() == {"steps_bytes", "encoding_bytes", "seconds", "on"}
+    assert found["seconds"] > 0
+    recipe = recipe_from_toml(tmp_path / "out.run" / "recipe.toml")
+    assert (recipe.rank, recipe.buckets, recipe.steps) == (16, True, STEPS)
+    rows = (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == STEPS

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
-from sdlora.bases.architecture import fill_buffers, make_part, make_tokenizers, part_names, read_family
+from benchmarks.full_size import make_parts, write_folder
 from sdlora.bases.checkpoint_writer import write_checkpoint
 from sdlora.cli import main
 from sdlora.training import loop
@@ -51,40 +50,6 @@ def list_modules(family: str) -> set[str]:
         for i in range(depth)
         for projection in PROJECTIONS
     }
-
-
-def make_parts(family: str) -> dict[str, nn.Module]:
-    """Every part at its full size in bfloat16, its weights cut from one row of random numbers."""
-    row = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # a prime, so that no two rows are alike
-    parts = {}
-    for part in part_names(family):
-        module = make_part(family, part, read_family(family)[part])
-        state = {}
-        for name, empty in module.state_dict().items():
-            if empty.dim() < 2:
-                state[name] = torch.full(empty.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
-                continue
-            scaled = (row / math.sqrt(empty[0].numel())).bfloat16()
-            count = empty.numel()
-            state[name] = scaled.repeat(-(-count // len(row)))[:count].reshape(empty.shape).clone()
-        module.load_state_dict(state, assign=True)
-        fill_buffers(module, torch.device("cpu"))
-        parts[part] = module.eval()
-    return parts
-
-
-def write_folder(parts: dict[str, nn.Module], family: str, place: Path) -> None:
-    """The parts as a diffusers folder of the family."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    tokenizers = dict(zip(("tokenizer", "tokenizer_2"), make_tokenizers(family), strict=False))
-    scheduler = DDIMScheduler.from_config(read_family(family)["scheduler"])
-    if family == "sdxl":
-        pipeline = StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler, add_watermarker=False)
-    else:
-        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, **tokenizers, scheduler=scheduler, **rest)
-    pipeline.save_pretrained(place)
 
 
 def write_bases(family: str, place: Path) -> tuple[Path, Path]:
