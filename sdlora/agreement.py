@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .targets import check_block_ranks, check_blocks, check_targets
+from .targets import BLOCK_SETS, BLOCK_SETS_FAMILY, check_block_ranks, check_blocks, check_targets
 from .values import parse_lora, show
 
 if TYPE_CHECKING:
@@ -54,6 +54,21 @@ def check_agreement(recipe: Recipe) -> None:
         raise ConfigError(
             f"preview_every = {recipe.preview_every} has nothing to draw; give a prompt with preview (--preview)"
         )
+
+
+def check_family(recipe: Recipe, family: str, base: str) -> None:
+    """Holds the recipe against the family of the base that is called `base`, before its weights are loaded.
+
+    Raises: ConfigError where a field is for another family.
+    """
+    for block in recipe.blocks:
+        if block in BLOCK_SETS and family != BLOCK_SETS_FAMILY:
+            raise ConfigError(f"blocks = {block} is for {BLOCK_SETS_FAMILY}; {base} is {family}, so leave it out")
+    for name in recipe.block_ranks:
+        if name.startswith("text_encoder_2") and family != "sdxl":
+            raise ConfigError(f"block_ranks = {name} has no use: {base} has one text encoder; leave it out")
+    if recipe.text_encoder_2_learning_rate is not None and family != "sdxl":
+        raise ConfigError(f"text_encoder_2_learning_rate has no use: {base} has one text encoder; leave it out")
 
 
 def _check_uses(recipe: Recipe) -> None:

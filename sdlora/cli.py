@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .agreement import check_family
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
@@ -154,6 +155,7 @@ def run_check(args: Namespace) -> int:
     try:
         facts = read_base_facts(recipe.base, recipe.prediction)
         facts.count_tokens([])
+        check_family(recipe, facts.family, recipe.base)
         resolution_px = resolution_px or facts.resolution_px
         count = partial(facts.count_tokens, chunks=recipe.max_chunks)
     except BaseModelError as error:
@@ -235,6 +237,7 @@ def run_train(args: Namespace) -> int:
     from .bases.facts import read_base_facts
 
     facts = read_base_facts(recipe.base, recipe.prediction)
+    check_family(recipe, facts.family, recipe.base)
     from .data.buckets import read_bucketing
 
     read_bucketing(recipe, recipe.resolution or facts.resolution_px)
@@ -288,6 +291,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     check_files(named_files(recipe))
     check_output(out, named_files(recipe))
     facts = read_base_facts(recipe.base, recipe.prediction)
+    check_family(recipe, facts.family, recipe.base)
     side_px = recipe.resolution or facts.resolution_px
     images = recipe.steps * recipe.images_per_step
     run = out.with_suffix(".run")

@@ -23,6 +23,8 @@ class BaseFacts:
 
     source: Path
     resolution_px: int
+    family: str
+    """`mini`, `sd1`, `sd2` or `sdxl`."""
 
     def count_tokens(self, captions: list[str], chunks: int = 1) -> tuple[list[int], int]:
         """Each caption's length in tokens, start and end counted, and how many the base reads in that many chunks.
@@ -52,12 +54,13 @@ def read_base_facts(name: str, prediction: str = "auto") -> BaseFacts:
 
     Raises: BaseModelError where there is no such base, a part of it is missing, or it does not say what it predicts.
     """
-    from .folder import check_folder
+    from .folder import check_folder, name_family
     from .source import resolve_source
 
+    known = None
     path = Path(name).expanduser()
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        source = resolve_source(name)[0]
+        source, _, known = resolve_source(name)
         if source.is_file():
             return _read_file_facts(source, prediction)
         check_folder(source)
@@ -67,7 +70,7 @@ def read_base_facts(name: str, prediction: str = "auto") -> BaseFacts:
         side = int(json.loads((source / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"])
     except (OSError, ValueError, KeyError, TypeError):
         raise BaseModelError(f"{source}: its unet/config.json has no usable sample_size; give a whole base") from None
-    return BaseFacts(source, side * LATENT_FACTOR)
+    return BaseFacts(source, side * LATENT_FACTOR, known.name if known else name_family(source))
 
 
 def _read_file_facts(path: Path, prediction: str) -> BaseFacts:
@@ -76,7 +79,8 @@ def _read_file_facts(path: Path, prediction: str) -> BaseFacts:
 
     checkpoint = identify_checkpoint(path)
     kind, _ = checkpoint.settle(None if prediction == "auto" else prediction)
-    return BaseFacts(path, int(read_configs(checkpoint, kind)["unet"]["sample_size"]) * LATENT_FACTOR)
+    side = int(read_configs(checkpoint, kind)["unet"]["sample_size"])
+    return BaseFacts(path, side * LATENT_FACTOR, checkpoint.family)
 
 
 def _fetch_few(name: str) -> Path:

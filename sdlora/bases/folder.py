@@ -32,6 +32,8 @@ PIPELINES = {
 }
 """The text encoders of each kind of folder."""
 SD2_TEXT_WIDTH = 1024
+SPARE = ("position_ids", "text_projection.weight", "logit_scale")
+"""Ends of weights that older folders hold and that no part of a base needs."""
 SAMPLED_BLOCKS = 16
 SAMPLED_BLOCK_BYTES = 4096
 
@@ -170,14 +172,30 @@ def load_part(cls: Any, folder: Path, weights: Path, dtype: torch.dtype) -> nn.M
     except Exception as e:  # whatever a library raises on a damaged part, the user needs one line
         reason = " ".join(str(e).split())[:200]
         raise BaseModelError(f"{weights}: does not load with {folder / 'config.json'}: {reason}") from e
-    missing = sorted(str(k) for k in info.get("missing_keys", ()))
-    wrong = sorted(str(k) for k in info.get("mismatched_keys", ()))
-    if missing or wrong:
+    found = {
+        "are missing": info.get("missing_keys", ()),
+        "have the wrong shape": info.get("mismatched_keys", ()),
+        "belong to nothing": [k for k in info.get("unexpected_keys", ()) if not str(k).endswith(SPARE)],
+    }
+    problems = [f"{len(keys)} {what} ({min(map(str, keys))} is the first)" for what, keys in found.items() if keys]
+    if problems:
         raise BaseModelError(
-            f"{weights}: {len(missing)} weights are missing and {len(wrong)} have the wrong shape for config.json "
-            f"({(missing + wrong)[0]} is the first); copy or download the base again"
+            f"{weights}: its weights do not fit config.json: {', '.join(problems)}; copy or download the base again"
         )
+    check_finite(model, weights)
     return model  # type: ignore[no-any-return]
+
+
+def check_finite(model: nn.Module, weights: Path) -> None:
+    """Raises: BaseModelError naming how many weights are NaN or infinite, and the first."""
+    broken = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        fix = "--precision bf16 where float16 is too small for them, or another base"
+        raise BaseModelError(
+            f"{weights}: {len(broken)} of its weights hold NaN or infinity as {dtype} ({broken[0]} is the first); "
+            f"use {fix if dtype == 'float16' else 'another base'}"
+        )
 
 
 @contextlib.contextmanager

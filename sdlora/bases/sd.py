@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseModelError
 from .emphasis import weigh
+from .facts import LATENT_FACTOR
 from .family import Base
 from .folder import check_folder, fingerprint_files, load_part, quiet, read_json
 from .schedule import choose_schedule, cumulate_alphas
@@ -20,6 +21,7 @@ from .text import Text
 __all__ = ["StableDiffusion", "mini", "resolve_source", "sd1", "sd2"]
 
 ROW_TOKENS = 77
+LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,18 @@ class StableDiffusion:
                 raise BaseModelError(
                     f"{source}: its {part} reads {positions} tokens where a CLIP reads {ROW_TOKENS}; give another base"
                 )
+        self.check_vae(source, modules)
         self.check_unet(source, modules)
+
+    def check_vae(self, source: Path, modules: dict[str, Any]) -> None:
+        """Raises: BaseModelError where the VAE makes other latents than the UNet and the resolutions are for."""
+        vae = modules["vae"].config
+        side_px = 2 ** (len(vae.block_out_channels) - 1)
+        if (side_px, vae.latent_channels) != (LATENT_FACTOR, LATENT_CHANNELS):
+            raise BaseModelError(
+                f"{source}: its VAE makes {vae.latent_channels} channels of each {side_px} x {side_px} px where a "
+                f"{self.name} has {LATENT_CHANNELS} of {LATENT_FACTOR} x {LATENT_FACTOR}; use its own VAE"
+            )
 
     def check_unet(self, source: Path, modules: dict[str, Any]) -> None:
         """Raises: BaseModelError where the UNet is of another kind, or reads other text than the encoders give."""

@@ -8,10 +8,10 @@ from typing import Any
 from ..adapter.file import file_sha256, read_adapter
 from ..adapter.layers import LoraLayers, attach
 from ..adapter.sites import LayerPlan
+from ..agreement import check_family
 from ..bases.family import Base
 from ..config import Recipe
 from ..errors import ConfigError
-from ..targets import BLOCK_SETS, BLOCK_SETS_FAMILY
 from .settings import describe_learning
 
 
@@ -51,12 +51,7 @@ def attach_layers(base: Base, recipe: Recipe) -> LoraLayers:
 
 def check_base(base: Base, recipe: Recipe) -> None:
     """Raises: ConfigError where the recipe asks for what a base of this family has not, or was not prepared for it."""
-    family = base.family.name
-    for block in recipe.blocks:
-        if block in BLOCK_SETS and family != BLOCK_SETS_FAMILY:
-            raise ConfigError(f"blocks = {block} is for {BLOCK_SETS_FAMILY}; {base.name} is {family}, so leave it out")
-    if recipe.text_encoder_2_learning_rate is not None and "text_encoder_2" not in base.modules:
-        raise ConfigError(f"text_encoder_2_learning_rate has no use: {base.name} has one text encoder; leave it out")
+    check_family(recipe, base.family.name, base.name)
     merged = len(base.merged)
     if merged != len(recipe.merge):
         raise ConfigError(

@@ -106,3 +106,47 @@ def test_check_and_dry_run_read_a_file_as_a_base(bases, data, tmp_path, capsys):
     assert "64 x 64 px" in said
     assert 'prediction = "auto"' in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--blocks", "style-only"), "blocks = style-only is for sdxl; {base} is {family}, so leave it out"),
+        (("--text-encoder", "--text-encoder-2-learning-rate", "1e-4"), "{base} has one text encoder; leave it out"),
+        (("--text-encoder", "--block-ranks", "text_encoder_2=4"), "{base} has one text encoder; leave it out"),
+    ],
+)
+def test_a_flag_for_another_family_is_one_line_before_weights_are_read(
+    bases, data, tmp_path, capsys, monkeypatch, flags, says
+):
+    family, folder, file = bases
+    out = tmp_path / "out.safetensors"
+    if family == "sdxl":
+        assert train(data, file, out, *flags, "--dry-run") == 0
+        return
+    monkeypatch.setattr("sdlora.training.loop.load_base", lambda *a, **k: pytest.fail("weights were read"))
+    for base in (folder, file):
+        for command in ((), ("--dry-run",)):
+            capsys.readouterr()
+            assert train(data, base, out, *flags, *command) == 2
+            said = capsys.readouterr()
+            assert said.err.count("\n") == 1
+            assert says.format(base=base, family=family) in said.err
+        assert main(["check", str(data), "--base", str(base), *flags]) == 2
+        assert says.format(base=base, family=family) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_folder_is_found_before_it_is_encoded(bases, tmp_path, capsys, monkeypatch):
+    _, _, file = bases
+    own, out = make_folder(tmp_path / "data", count=3), tmp_path / "out.safetensors"
+    assert train(own, file, out, "--no-cache") == 0
+    written = out.read_bytes()
+    (own / "0.txt").write_text("another caption")
+    monkeypatch.setattr("sdlora.training.loop.encode_folder", lambda *a, **k: pytest.fail("encoded"))
+    capsys.readouterr()
+    assert train(own, file, out, "--no-cache") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "the pictures or captions changed; use the same ones to go on, another --out, or --restart" in error
+    assert out.read_bytes() == written

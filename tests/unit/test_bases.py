@@ -14,7 +14,7 @@ import torch
 from sdlora.bases.family import load_base
 from sdlora.bases.source import choose_files, resolve_source
 from sdlora.errors import BaseModelError
-from tests.tiny import make_tiny_parts, save_tiny_pipeline
+from tests.tiny import make_tiny_base, make_tiny_parts, save_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,77 @@ def test_weights_that_misfit_the_config_are_named(broken):
     assert "conv_in.weight" in refusal(broken)
     safetensors.torch.save_file(tensors | {"conv_in.weight": torch.zeros(3, 4, 3, 3)}, path, {"format": "pt"})
     assert str(path) in refusal(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_missing_and_extra_weights_of_a_folder_are_counted(broken, part):
+    path = next((broken / part).glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(path)
+    gone = sorted(name for name in tensors if name.endswith(".bias"))[:2]
+    more = {f"extra.{i}.weight": torch.zeros(1) for i in range(3)}
+    kept = {name: value for name, value in tensors.items() if name not in gone}
+    safetensors.torch.save_file(kept | more, path, {"format": "pt"})
+    text = refusal(broken)
+    assert str(path) in text
+    assert "2 are missing (" in text
+    assert "3 belong to nothing (extra.0.weight is the first)" in text
+    safetensors.torch.save_file(tensors | more, path, {"format": "pt"})
+    text = refusal(broken)
+    assert "missing (" not in text
+    assert "3 belong to nothing (extra.0.weight is the first)" in text
+
+
+def test_position_numbers_of_older_folders_are_no_extra(broken):
+    path = broken / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "text_model.embeddings.position_ids"
+    safetensors.torch.save_file(tensors | {name: torch.arange(77)[None]}, path, {"format": "pt"})
+    assert load_base(str(broken), device="cpu").family.name == "sd1"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_of_a_folder_that_are_not_finite_are_counted(broken, part, value):
+    path = next((broken / part).glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(path)
+    for name in [name for name in tensors if name.endswith(".bias")][:2]:
+        tensors[name].view(-1)[-1] = value
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    text = refusal(broken)
+    assert f"{path}: 2 of its weights hold NaN or infinity as float32 (" in text
+    assert text.endswith("; use another base")
+
+
+def test_weights_too_large_for_float16_name_the_precision(broken):
+    path = next((broken / "unet").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(path)
+    tensors["conv_in.bias"].view(-1)[0] = 1e5
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    load_base(str(broken), device="cpu", precision="bf16")
+    with pytest.raises(BaseModelError) as error:
+        load_base(str(broken), device="cpu", precision="fp16")
+    assert "1 of its weights hold NaN or infinity as float16 (conv_in.bias is the first)" in str(error.value)
+    assert "use --precision bf16 where float16 is too small" in str(error.value)
+
+
+def test_a_vae_of_other_latents_is_refused_with_both_sizes():
+    from diffusers import AutoencoderKL
+
+    base = make_tiny_base()
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16), "norm_num_groups": 4,
+    }  # fmt: skip
+    deeper = {key: (*value, value[-1]) if isinstance(value, tuple) else value for key, value in blocks.items()}
+    wrong = (
+        (AutoencoderKL(latent_channels=4, **blocks), "4 channels of each 4 x 4 px where a mini has 4 of 8 x 8"),
+        (AutoencoderKL(latent_channels=16, **deeper), "16 channels of each 8 x 8 px where a mini has 4 of 8 x 8"),
+    )
+    for vae, says in wrong:
+        with pytest.raises(BaseModelError, match=says):
+            base.family.assemble(
+                "tiny", base.modules | {"vae": vae}, base.tokenizers, base.scheduler_config, base.device, base.dtype
+            )
 
 
 def test_missing_text_encoder_weights_are_not_made_up(broken):
