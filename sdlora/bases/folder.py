@@ -177,10 +177,12 @@ def load_part(cls: Any, folder: Path, weights: Path, dtype: torch.dtype) -> nn.M
         "have the wrong shape": info.get("mismatched_keys", ()),
         "belong to nothing": [k for k in info.get("unexpected_keys", ()) if not str(k).endswith(SPARE)],
     }
-    problems = [f"{len(keys)} {what} ({min(map(str, keys))} is the first)" for what, keys in found.items() if keys]
+    problems = [
+        f"{len(keys)} weights {what} ({min(map(str, keys))} is the first)" for what, keys in found.items() if keys
+    ]
     if problems:
         raise BaseModelError(
-            f"{weights}: its weights do not fit config.json: {', '.join(problems)}; copy or download the base again"
+            f"{weights}: does not fit config.json: {', '.join(problems)}; copy or download the base again"
         )
     check_finite(model, weights)
     return model  # type: ignore[no-any-return]

@@ -149,7 +149,8 @@ def test_a_preset_trains_two_steps_on_a_base_of_its_family(name, folder, bases, 
     learnt = [path for path, delta in adapter.deltas.items() if float(delta.weight().abs().max()) > 0]
     parts = {path.partition(".")[0] for path in learnt}
     assert parts == ({"unet", "text_encoder"} if recipe.text_encoder else {"unet"})
-    assert {delta.rank for delta in adapter.deltas.values()} == {recipe.rank}
+    ranks = {delta.rank for delta in adapter.deltas.values()}
+    assert ranks == {recipe.rank} or (recipe.block_ranks and recipe.rank in ranks)
     if "vpred" in name or name.startswith("sd21"):
         assert settings["prediction_type"] == "v_prediction"
 

@@ -169,12 +169,12 @@ def test_missing_and_extra_weights_of_a_folder_are_counted(broken, part):
     safetensors.torch.save_file(kept | more, path, {"format": "pt"})
     text = refusal(broken)
     assert str(path) in text
-    assert "2 are missing (" in text
-    assert "3 belong to nothing (extra.0.weight is the first)" in text
+    assert "2 weights are missing (" in text
+    assert "3 weights belong to nothing (extra.0.weight is the first)" in text
     safetensors.torch.save_file(tensors | more, path, {"format": "pt"})
     text = refusal(broken)
-    assert "missing (" not in text
-    assert "3 belong to nothing (extra.0.weight is the first)" in text
+    assert "are missing" not in text
+    assert "3 weights belong to nothing (extra.0.weight is the first)" in text
 
 
 def test_position_numbers_of_older_folders_are_no_extra(broken):
