@@ -6,8 +6,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import BaseModelError
+
+if TYPE_CHECKING:
+    from .family import Family
 
 LATENT_FACTOR = 8
 """Pixels along one side of a latent cell."""
@@ -57,7 +61,7 @@ def read_base_facts(name: str, prediction: str = "auto") -> BaseFacts:
     from .folder import check_folder, name_family
     from .source import resolve_source
 
-    known = None
+    known: Family | None = None
     path = Path(name).expanduser()
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         source, _, known = resolve_source(name)

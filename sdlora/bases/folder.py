@@ -172,14 +172,12 @@ def load_part(cls: Any, folder: Path, weights: Path, dtype: torch.dtype) -> nn.M
     except Exception as e:  # whatever a library raises on a damaged part, the user needs one line
         reason = " ".join(str(e).split())[:200]
         raise BaseModelError(f"{weights}: does not load with {folder / 'config.json'}: {reason}") from e
-    found = {
-        "are missing": info.get("missing_keys", ()),
-        "have the wrong shape": info.get("mismatched_keys", ()),
-        "belong to nothing": [k for k in info.get("unexpected_keys", ()) if not str(k).endswith(SPARE)],
+    found: dict[str, list[str]] = {
+        "are missing": [str(k) for k in info.get("missing_keys", ())],
+        "have the wrong shape": [str(k) for k in info.get("mismatched_keys", ())],
+        "belong to nothing": [k for k in map(str, info.get("unexpected_keys", ())) if not k.endswith(SPARE)],
     }
-    problems = [
-        f"{len(keys)} weights {what} ({min(map(str, keys))} is the first)" for what, keys in found.items() if keys
-    ]
+    problems = [f"{len(keys)} weights {what} ({min(keys)} is the first)" for what, keys in found.items() if keys]
     if problems:
         raise BaseModelError(
             f"{weights}: does not fit config.json: {', '.join(problems)}; copy or download the base again"
