@@ -19,6 +19,7 @@ from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
+from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
 
 if TYPE_CHECKING:
@@ -47,15 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, other libraries import it too
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        with quiet_unless_main():
+            return dispatch(sys.argv[1:] if argv is None else argv)
     except SdloraError as error:
-        say(f"error: {error}")
+        if is_printed(error):
+            say(f"error: {error}")
         return 2
     except RunInterrupted as error:
-        say(str(error))
+        if is_printed(error):
+            say(str(error))
         return 130
-    except KeyboardInterrupt:
-        say("interrupted; nothing to save, run the same command again")
+    except KeyboardInterrupt as error:
+        if is_printed(error):
+            say("interrupted; nothing to save, run the same command again")
         return 130
     except SystemExit as stop:  # argparse's --help
         return stop.code if isinstance(stop.code, int) else 0
@@ -221,9 +226,17 @@ def read_recipe(args: Namespace) -> Recipe:
 
 
 def run_train(args: Namespace) -> int:
+    with shared_errors(args.device):
+        return train(args)
+
+
+def train(args: Namespace) -> int:
     recipe = read_recipe(args)
     data = Path(args.data)
     out = args.out or Path("runs") / f"{data.resolve().name or 'lora'}.safetensors"
+    from .training.trackers import check_trackers
+
+    check_trackers(recipe.tracker)
     if args.dry_run:
         print_plan(data, recipe, out)
         return 0
@@ -232,7 +245,8 @@ def run_train(args: Namespace) -> int:
     # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
     named = named_files(recipe)
     check_files(named)
-    check_output(out, named)
+    if is_main():
+        check_output(out, named)
     scan_folder(data, recipe.trigger, caption_lines=recipe.caption_lines)
     from .bases.facts import read_base_facts
 
@@ -293,7 +307,9 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     facts = read_base_facts(recipe.base, recipe.prediction)
     check_family(recipe, facts.family, recipe.base)
     side_px = recipe.resolution or facts.resolution_px
-    images = recipe.steps * recipe.images_per_step
+    together = recipe.images_per_step * count_processes()
+    several = f" in {count_processes()} processes" if count_processes() > 1 else ""
+    images = recipe.steps * together
     run = out.with_suffix(".run")
     cuts = leave_out_held(plan_cuts(examples, read_bucketing(recipe, side_px)), recipe)
     shown = sum(cuts.repeats)
@@ -303,8 +319,8 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
         *(f"captions     {line}" for line in describe_wordings(wordings, recipe)),
         f"an epoch     {shown} images, with repeats" + (", without those held out" if recipe.validation_share else ""),
         f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),
-        *(f"cut          {line}" for line in cuts.describe(recipe.images_per_step) + describe_crops(recipe)),
-        f"length       {recipe.steps} steps x {recipe.images_per_step} = {images} images, {images / shown:.1f} epochs",
+        *(f"cut          {line}" for line in cuts.describe(together) + describe_crops(recipe)),
+        f"length       {recipe.steps} steps x {together}{several} = {images} images, {images / shown:.1f} epochs",
         *(f"memory       {line}" for line in forecast_memory({}, facts.source, recipe, cuts)),
         f"writes       {out}",
         f"run folder   {run}" + (" (exists: goes on there if it holds the same run)" if run.exists() else ""),

@@ -33,7 +33,7 @@ class Recipe:
     steps: int = 300
     """Optimizer steps in all."""
     batch_size: int = 8
-    """Pictures in one pass through the model."""
+    """Pictures in one pass through the model, of each process where several train."""
     accumulation: int = 1
     """Passes added up before each optimizer step."""
     rank: int = 8
@@ -172,6 +172,8 @@ class Recipe:
     """Steps between two measurements of the validation loss; the last step is always measured."""
     checkpoint_every: int = 100
     """Steps between saved states that a stopped run goes on from; 0 saves only when it stops."""
+    tracker: tuple[str, ...] = ()
+    """Also logs to tensorboard, wandb or trackio, in the run folder's trackers; may be given several times."""
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -203,7 +205,7 @@ FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in
 """Each field's name and type."""
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
 UNDECISIVE = frozenset(
-    {"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge", "recompute"}
+    {"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge", "recompute", "tracker"}
 )
 """Fields that do not change what is learnt; of a file that they name, the contents decide, and not the path."""
 

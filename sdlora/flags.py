@@ -35,13 +35,14 @@ RECIPE_GROUPS = {
         "loss", "huber_c", "huber_schedule", "weighting", "min_snr_gamma", "noise_offset", "pyramid_noise",
         "pyramid_discount", "input_perturbation", "t_min", "t_max", "t_bias",
     ),
-    "previews, validation and checkpoints": (
-        "preview", "preview_every", "validation_share", "validate_every", "checkpoint_every",
+    "previews, validation, checkpoints and trackers": (
+        "preview", "preview_every", "validation_share", "validate_every", "checkpoint_every", "tracker",
     ),
 }  # fmt: skip
 _METAVARS = {
     "base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT", "targets": "NAMES", "blocks": "BLOCKS",
     "block_ranks": "BLOCK=RANK[:ALPHA]", "continue_from": "FILE", "merge": "FILE[:W[:TE]]",
+    "tracker": "NAME",
 }  # fmt: skip
 _FLAGS = {"continue_from": "--continue"}
 """Flags that are not called as their field."""

@@ -41,6 +41,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "preview": (lambda v: all(p.strip() for p in v), "leave out the empty prompt"),
     "preview_every": (lambda v: v >= 0, "give 0 or more"),
     "checkpoint_every": (lambda v: v >= 0, "give 0 or more"),
+    "tracker": (
+        lambda v: set(v) <= {"tensorboard", "wandb", "trackio"} and len(set(v)) == len(v),
+        "give tensorboard, wandb or trackio, each once",
+    ),
     "huber_c": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.1"),
     "noise_offset": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.05, or 0 to turn it off"),
     "pyramid_noise": (lambda v: 0 <= v <= 16, "give 1 to 16 levels, such as 6, or 0 to turn it off"),

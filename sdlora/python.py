@@ -15,6 +15,7 @@ from .bases.schedule import with_schedule
 from .combining.merge import merge_for_good, merged_for_a_while
 from .config import Recipe, make_recipe
 from .training.loop import train_adapter
+from .training.processes import choose_device
 
 
 def train(
@@ -37,8 +38,9 @@ def train(
     """
     named = make_recipe({**recipe, "base": base.name if isinstance(base, Base) else base})
     if isinstance(base, str):
+        device = choose_device(device)
         check_quantise(named.quantise, pick_device(device))
-        return _train(folder, partial(_load, named, device), named, out, restart, cache)
+        return _train(folder, partial(_load, named, device), named, out, restart, cache, device)
     base = with_schedule(base, None if named.prediction == "auto" else named.prediction, named.zero_terminal_snr)
     with merged_for_a_while(base, named.merge) as merged:
         return _train(folder, merged, named, out, restart, cache)
@@ -62,8 +64,9 @@ def _train(
     out: str | Path | None,
     restart: bool,
     cache: str | Path | None,
+    device: str = "auto",
 ) -> Adapter:
-    options: dict[str, Any] = {"restart": restart, "cache": None if cache is None else Path(cache)}
+    options: dict[str, Any] = {"restart": restart, "cache": None if cache is None else Path(cache), "device": device}
     if out is not None:
         return train_adapter(Path(folder), base, recipe, Path(out), **options)
     with tempfile.TemporaryDirectory() as place:

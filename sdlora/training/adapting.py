@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..adapter.delta import Card
 from ..adapter.file import file_sha256, read_adapter
 from ..adapter.layers import LoraLayers, attach
 from ..adapter.sites import LayerPlan
@@ -12,7 +13,8 @@ from ..agreement import check_family
 from ..bases.family import Base
 from ..config import Recipe
 from ..errors import ConfigError
-from .settings import describe_learning
+from .objective import prediction_type_of
+from .settings import describe_learning, list_settings
 
 
 def attach_layers(base: Base, recipe: Recipe) -> LoraLayers:
@@ -87,4 +89,12 @@ def name_sources(base: Base, recipe: Recipe) -> dict[str, Any]:
     return sources
 
 
-__all__ = ["attach_layers", "check_base", "describe_settings", "name_sources"]
+def make_card(base: Base, recipe: Recipe, sources: dict[str, Any], processes: int = 1) -> Card:
+    """What the file says of itself: the settings that decided it, no path among them."""
+    settings = list_settings(base, recipe) | sources | ({"processes": processes} if processes > 1 else {})
+    if prediction_type_of(base.scheduler_config) == "v_prediction":
+        settings["prediction_type"] = "v_prediction"
+    return Card(family=base.family.name, base=base.name, trigger=recipe.trigger, settings=settings)
+
+
+__all__ = ["attach_layers", "check_base", "describe_settings", "make_card", "name_sources"]

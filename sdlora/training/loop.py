@@ -5,42 +5,44 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, replace
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..adapter.delta import Adapter, Card
+from ..adapter.delta import Adapter
 from ..adapter.file import read_adapter, write_adapter
 from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
 from ..bases.quantisation import check_quantise, quantise_base
-from ..config import UNDECISIVE, Recipe
+from ..config import Recipe
 from ..data.buckets import describe_crops, draw_places, plan_cuts, read_bucketing
 from ..data.cache import Encoded, encode_folder
 from ..data.folder import Example, digest, scan_folder
 from ..data.store import Store
 from ..data.variants import describe_wordings, list_wordings
 from ..errors import RunError, RunInterrupted
-from .adapting import attach_layers, describe_settings, name_sources
+from .adapting import attach_layers, describe_settings, make_card, name_sources
 from .averages import Averages
 from .checkpoint import Checkpoint, load_newest
 from .interrupt import watch_signals
-from .metrics import Metrics
 from .objective import Objective, prediction_type_of
 from .optim import make_optimizer, rate_factor, rates_of, schedule_of, set_rate
 from .optimizers import check_optimizer
 from .preview import Previews
-from .progress import Progress, say
+from .processes import Processes, choose_device, joined, mark_told
+from .progress import say
 from .recomputation import recomputing
-from .run import Run, check_out
-from .settings import advise
+from .record import Record
+from .run import Run, open_run
+from .settings import advise, list_settings
 from .setup import make_accelerator, release, same_threads
 from .state import State
 from .step import accumulate, chances_of
+from .trackers import check_trackers
 from .validation import Validation
 
 _PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
@@ -67,13 +69,16 @@ def run_training(
 
     Raises: as `train_adapter`, and BaseModelError where the base cannot be loaded.
     """
-    run = _open_run(folder, out, restart)
-    examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
-    check_quantise(recipe.quantise, pick_device(device))
-    say(describe_run(recipe, examples, out))
-    base = partial(_load_prepared, recipe, device, prepare)
-    _train(examples, _take(base, recipe), recipe, run, restart, cache)
-    return run.out
+    check_trackers(recipe.tracker)
+    with joined(device) as processes:
+        run = processes.from_main(lambda: open_run(folder, out, restart))
+        examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
+        device = choose_device(device)
+        check_quantise(recipe.quantise, pick_device(device))
+        say(describe_run(recipe, examples, out, processes.count))
+        base = partial(_load_prepared, recipe, device, prepare)
+        _train(examples, _take(base, recipe), recipe, run, processes, restart, cache)
+    return out
 
 
 def _load_prepared(recipe: Recipe, device: str, prepare: Callable[[Base], Base]) -> Base:
@@ -96,10 +101,12 @@ def train_adapter(
     *,
     restart: bool = False,
     cache: Path | None = None,
+    device: str = "auto",
 ) -> Adapter:
     """Trains a LoRA on a folder of pictures and writes it to `out`, a `.safetensors` file; the base stays as it was.
 
-    Of what loads a base, in place of one, nothing is kept: its parts leave memory once their work is done.
+    Of what loads a base, in place of one, nothing is kept: its parts leave memory once their work is done. It loads on
+    `device`, which a base says itself.
     State and metrics go to `<out without suffix>.run/`; the same call goes on where it stopped, and once it is done
     gives the adapter back unchanged. `cache` is a folder that keeps encoded pictures and captions between runs.
     The recipe's precision is taken from the base, which is loaded already.
@@ -107,9 +114,11 @@ def train_adapter(
     Raises: DataError for the folder; RunError where the run cannot start, differs from the one it would go on with, or
     stops being finite; RunInterrupted after Ctrl-C, its state saved.
     """
-    run = _open_run(folder, out, restart)
-    examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
-    return _train(examples, _take(base, recipe), recipe, run, restart, cache)
+    check_trackers(recipe.tracker)
+    with joined(base.device.type if isinstance(base, Base) else device) as processes:
+        run = processes.from_main(lambda: open_run(folder, out, restart))
+        examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
+        return _train(examples, _take(base, recipe), recipe, run, processes, restart, cache)
 
 
 def _take(base: Base | Callable[[], Base], recipe: Recipe) -> Base:
@@ -123,31 +132,28 @@ def _take(base: Base | Callable[[], Base], recipe: Recipe) -> Base:
     return quantise_base(loaded, recipe.quantise, parts, own=not given)
 
 
-def describe_run(recipe: Recipe, examples: list[Example], out: Path) -> str:
+def describe_run(recipe: Recipe, examples: list[Example], out: Path, processes: int = 1) -> str:
     """One line that says what a run will do. Raises: DataError where the validation share leaves nothing."""
     validation = Validation.of(recipe, len(examples))
     shown = sum(validation.learnt([e.repeats for e in examples]))
     held = f" ({len(validation.pictures)} held out)" if validation.pictures else ""
     cut = f" x {recipe.accumulation}" if recipe.accumulation > 1 else ""
+    cut += f" x {processes} processes" if processes > 1 else ""
+    images = recipe.steps * recipe.images_per_step * processes
     return (
         f"{out}: rank {recipe.rank} on {recipe.base} ({recipe.precision}), {len(examples)} pictures{held}, "
-        f"{recipe.steps} steps of {recipe.batch_size}{cut} ({recipe.steps * recipe.images_per_step / shown:.3g} epochs)"
+        f"{recipe.steps} steps of {recipe.batch_size}{cut} ({images / shown:.3g} epochs)"
     )
 
 
-def _open_run(folder: Path, out: Path, restart: bool) -> Run:
-    folder, out = Path(folder), Path(out)
-    check_out(out)
-    run = Run(out)
-    if folder.is_dir() and run.folder.resolve().is_relative_to(folder.resolve()):
-        raise RunError(f"{out} lies in the data folder, where its previews would count as data; choose another --out")
-    if not restart:
-        run.check_free()
-    return run
-
-
 def _train(
-    examples: list[Example], base: Base, recipe: Recipe, run: Run, restart: bool, cache: Path | None = None
+    examples: list[Example],
+    base: Base,
+    recipe: Recipe,
+    run: Run,
+    processes: Processes,
+    restart: bool,
+    cache: Path | None = None,
 ) -> Adapter:
     base = replace(base, modules=dict(base.modules))  # what is released below stays with whoever else holds it
     recipe = replace(recipe, precision=_PRECISIONS[base.dtype])
@@ -166,19 +172,24 @@ def _train(
         "pictures or captions": digest(examples),
         "base's weights": base.fingerprint,
         "LoRA that is continued": sources.get("continued"),
+        "number of processes": processes.count if processes.count > 1 else None,
     }
-    with run.locked():
-        if run.start(recipe, origin, restart=restart):
+    processes.check_same(list_settings(base, recipe) | origin)
+    with run.locked() if processes.main else nullcontext():
+        if processes.from_main(lambda: run.start(recipe, origin, restart=restart)):
             say(f"{run.out} is finished already; nothing to do")
-            return read_adapter(run.out)
+            return processes.hand_out(lambda: read_adapter(run.out))
         try:
-            checkpoint = load_newest(run.checkpoints, say)
+            checkpoint = processes.hand_out(lambda: load_newest(run.checkpoints, say))
             with same_threads(checkpoint):
                 wordings = list_wordings([e.caption for e in examples], recipe)
-                lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe)
+                lines = cuts.describe(recipe.images_per_step * processes.count) + describe_crops(recipe)
                 for line in lines + describe_wordings(wordings, recipe):
                     say(line)
-                encoded = encode_folder(
+                # Each process encodes all of it for itself: any picture may fall to it, and the machines need not share
+                # a disk. With a cache one of each machine goes first, and the others find what it made.
+                encode = partial(
+                    encode_folder,
                     base,
                     examples,
                     resolution_px=side_px,
@@ -191,20 +202,24 @@ def _train(
                     clip_skip=recipe.clip_skip,
                     store=Store(cache) if cache else None,
                 )
+                encoded = processes.in_turn(encode) if cache else encode()
                 previews = Previews.of(base, recipe, run.previews, side_px)
-                release(base, recipe)
+                release(base, recipe, draws=processes.main)
                 layers.attach()
                 try:
                     for line in ("; ".join([layers.describe(), *describe_settings(recipe)]), *advise(recipe)):
                         say(line)
-                    fit(base, layers, encoded, recipe, run, previews, checkpoint)
-                    adapter = layers.adapter(_card(base, recipe, sources))
+                    processes.exchange()  # from here on they meet in every step
+                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes)
+                    adapter = layers.adapter(make_card(base, recipe, sources, processes.count))
                 finally:
                     layers.detach_from_base()
         except KeyboardInterrupt:
             raise RunInterrupted("stopped at once; the same command goes on from the last saved step") from None
-        write_adapter(adapter, run.out)
-        run.finish()
+        with processes.agreed():
+            if processes.main:
+                write_adapter(adapter, run.out)
+                run.finish()
         return adapter
 
 
@@ -216,6 +231,7 @@ def fit(
     run: Run,
     previews: Previews,
     checkpoint: Checkpoint | None,
+    processes: Processes,
 ) -> None:
     """The training loop: takes the attached layers from the checkpoint, or the start, to the recipe's last step.
 
@@ -223,7 +239,7 @@ def fit(
     Raises: RunError at a loss or gradient that is not finite; RunInterrupted after Ctrl-C; the state is saved in both.
     """
     factors = layers.named_factors()
-    accelerator = make_accelerator(base, recipe)
+    accelerator = make_accelerator(base, recipe, run.trackers if processes.main else None)
     optimizer = make_optimizer(factors, **rates_of(recipe))
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     averages = Averages(factors, optimizer, recipe.ema_decay)
@@ -231,52 +247,41 @@ def fit(
     averages.begin()
     objective = Objective(recipe, prediction_type_of(base.scheduler_config), len(base.alphas_cumprod))
     validation = Validation.of(recipe, len(encoded.repeats))
-    chances, schedule = chances_of(base, encoded, recipe, validation), schedule_of(recipe)
-    metrics, progress = Metrics(run.metrics, state.saved), Progress(state.saved, recipe.steps)
+    chances = chances_of(base, encoded, recipe, validation, processes.count)
+    schedule, record = schedule_of(recipe), Record(base, recipe, encoded, previews, validation, state)
     kept = recomputing(base.modules, recipe.recompute)
-    with closing(metrics), closing(progress), watch_signals() as stop, kept:
+    with closing(record), processes.in_step(), watch_signals() as stop, kept:
+        if processes.main:
+            record.open(run, accelerator)
         for step in range(state.saved, recipe.steps):
             start_s = time.perf_counter()
             rate = set_rate(optimizer, rate_factor(step, **schedule))
-            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator)
+            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator, processes)
+            loss, asked = processes.average(factors, loss, stop.requested)
             norm = accelerator.clip_grad_norm_(factors.values(), recipe.max_grad_norm)
             # The step's only read from the device; it comes before the update, so a bad one is never made.
-            loss_value, norm_value = torch.stack((loss, norm)).tolist()
+            loss_value, norm_value, asked_value = torch.stack((loss, norm, asked)).tolist()
             if not state.usable(loss_value, norm_value):
-                state.save(step, metrics)
-                raise RunError(_not_finite(step + 1, loss_value, recipe))
+                if processes.main:
+                    record.save(step)
+                raise mark_told(RunError(_not_finite(step + 1, loss_value, recipe)))
             stepper.step()
             stepper.zero_grad()
             row: dict[str, Any] = {"step": step + 1, "loss": loss_value, "lr": rate, "grad_norm": norm_value}
             limited = {"limited": layers.limit_norms(recipe.max_norm)} if recipe.max_norm else {}
             averages.update(step)
             row |= {"seconds": round(time.perf_counter() - start_s, 4)} | limited
-            if validation.due(step + 1):
-                with averages.shown():
-                    row["validation_loss"] = validation.measure(base, encoded)
-            metrics.add(row)
-            progress.advance(loss_value)
-            if previews.due(step + 1, recipe.steps):
-                with averages.shown():
-                    previews.draw(base, step + 1)
-            last = step + 1 == recipe.steps
-            if last or stop.requested or (recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0):
-                state.save(step + 1, metrics)
-            if stop.requested and not last:
+            stopping, last = processes.stops(asked_value, stop.requested), step + 1 == recipe.steps
+            saving = last or stopping or bool(recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0)
+            with processes.agreed() if saving or record.due(step + 1) else nullcontext():
+                if processes.main:
+                    record.add(row, saving)
+            if stopping and not last:
                 done = f"stopped after step {step + 1} of {recipe.steps}, state saved in {run.folder}"
-                raise RunInterrupted(f"{done}; run the same command again to go on")
+                raise mark_told(RunInterrupted(f"{done}; run the same command again to go on"))
     averages.settle()
     if recipe.ema_decay and recipe.max_norm:
         layers.limit_norms(recipe.max_norm)  # a mean of factors may be longer than each of them
-
-
-def _card(base: Base, recipe: Recipe, sources: dict[str, Any]) -> Card:
-    settings: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in UNDECISIVE}
-    settings["base"] = base.name  # the recipe's may be a path, which is nobody's business
-    settings |= sources
-    if prediction_type_of(base.scheduler_config) == "v_prediction":
-        settings["prediction_type"] = "v_prediction"
-    return Card(family=base.family.name, base=base.name, trigger=recipe.trigger, settings=settings)
 
 
 def _not_finite(step: int, loss: float, recipe: Recipe) -> str:

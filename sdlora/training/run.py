@@ -30,6 +30,7 @@ class Run:
         self.loss = self.folder / "loss.png"
         self.previews = self.folder / "previews"
         self.checkpoints = self.folder / "checkpoints"
+        self.trackers = self.folder / "trackers"
         self.done = self.folder / "done.json"
 
     def check_free(self) -> None:
@@ -95,7 +96,11 @@ class Run:
     def _check_same(self, recipe: Recipe, origin: dict[str, Any]) -> None:
         differing = compare(recipe_from_toml(self.recipe), recipe)
         before = json.loads(self.origin.read_bytes())
-        differing += [f"the {key} changed" for key in sorted(origin) if before.get(key) != origin[key]]
+        for key in sorted(origin):
+            old, new = before.get(key), origin[key]
+            if old != new:
+                counts = f" ({old or 1} -> {new or 1})" if isinstance(old or new, int) else ""
+                differing.append(f"the {key} changed{counts}")
         if differing:
             raise RunError(
                 f"{self.folder} holds a run with other settings: {', '.join(differing)}; "
@@ -115,9 +120,21 @@ class Run:
         # In this order: whenever it is cut short, what is left is an unfinished run or none.
         for path in (self.done, self.recipe, self.origin, self.metrics, self.loss):
             path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.previews):
+        for folder in (self.checkpoints, self.previews, self.trackers):
             if folder.exists():
                 shutil.rmtree(folder)
+
+
+def open_run(folder: Path, out: Path, restart: bool) -> Run:
+    """The run of the file `out`, looked at before any work. Raises: RunError where it cannot be, or be gone on with."""
+    folder, out = Path(folder), Path(out)
+    check_out(out)
+    run = Run(out)
+    if folder.is_dir() and run.folder.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{out} lies in the data folder, where its previews would count as data; choose another --out")
+    if not restart:
+        run.check_free()
+    return run
 
 
 def check_out(out: Path) -> None:

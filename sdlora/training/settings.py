@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from ..config import Recipe
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..config import UNDECISIVE, Recipe
+
+if TYPE_CHECKING:
+    from ..bases.family import Base
 
 
 def describe_learning(recipe: Recipe) -> list[str]:
     """The objective, the noise and timesteps, and the schedule, each where it is not the default."""
     return [*_objective(recipe), *_noise(recipe), *_times(recipe), *_steps(recipe), *_memory(recipe)]
+
+
+def list_settings(base: Base, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values that decide the result, with the base's public name: its own may be a path."""
+    return {k: v for k, v in asdict(recipe).items() if k not in UNDECISIVE} | {"base": base.name}
 
 
 def advise(recipe: Recipe) -> list[str]:

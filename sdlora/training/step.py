@@ -14,13 +14,15 @@ from .draws import Chances, Draws, Order
 from .inputs import send, text_of
 from .noise import NoiseShape, Times
 from .objective import Objective, add_noise, target, weighted_error
+from .processes import Processes
 from .validation import Validation
 
 
-def chances_of(base: Base, encoded: Encoded, recipe: Recipe, validation: Validation) -> Chances:
-    """The distributions that a recipe draws from."""
+def chances_of(base: Base, encoded: Encoded, recipe: Recipe, validation: Validation, processes: int = 1) -> Chances:
+    """The distributions that a recipe draws from; a step's pictures are those of all processes."""
+    together = recipe.images_per_step * processes
     return Chances(
-        Order(recipe.seed, validation.learnt(encoded.repeats), encoded.bucket.tolist(), recipe.images_per_step),
+        Order(recipe.seed, validation.learnt(encoded.repeats), encoded.bucket.tolist(), together),
         encoded.shapes[0],
         len(base.alphas_cumprod),
         recipe.caption_dropout,
@@ -41,12 +43,14 @@ def accumulate(
     objective: Objective,
     chances: Chances,
     accelerator: Accelerator,
+    processes: Processes,
 ) -> Tensor:
-    """A step's gradients, over its micro-batches; returns their mean loss."""
+    """A step's gradients, over this process's share of its micro-batches; returns their mean loss."""
     losses = []
     for micro in range(objective.recipe.accumulation):
-        draws = chances.draw(step, objective.recipe.batch_size, micro, objective.recipe.accumulation)
-        layers.begin(step, micro)
+        part = processes.part(micro)  # of the step's pictures, and so of its dropout masks
+        draws = chances.draw(step, objective.recipe.batch_size, part, objective.recipe.accumulation * processes.count)
+        layers.begin(step, part)
         with accelerator.accumulate():
             loss = _error(base, encoded, objective, draws)
             accelerator.backward(loss)
