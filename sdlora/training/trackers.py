@@ -6,10 +6,10 @@ TensorBoard names its files after the machine.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ PROJECT = "sdlora"
 def check_trackers(names: tuple[str, ...]) -> None:
     """Finds a tracker whose package is not there, before anything is loaded. Raises: ConfigError."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if find_spec(name) is None:
             raise ConfigError(f'tracker = "{name}" needs the package {name}; pip install {name}, or leave it out')
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import getpass
-import importlib.util
 import os
 import socket
 import sys
@@ -69,7 +68,7 @@ def noted(monkeypatch):
     monkeypatch.setattr(Noted, "made", [])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Noted)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [*tracking._available_trackers, "wandb"])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
     monkeypatch.setenv("TRACKIO_DIR", "")  # so that it is put back afterwards, whatever a run sets
     monkeypatch.delenv("TRACKIO_DIR")
     return Noted.made
@@ -153,8 +152,8 @@ def test_tensorboard_holds_the_numbers_of_the_metrics_and_forgets_what_is_done_a
 
 
 def test_a_tracker_without_its_package_is_refused_before_anything(folder, tmp_path, monkeypatch, capsys):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "trackio" else real(name))
+    real = trackers.find_spec
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "trackio" else real(name))
     monkeypatch.setattr("sdlora.bases.family.load_base", lambda *a, **b: pytest.fail("a base was loaded"))
     out = tmp_path / "out.safetensors"
     assert main(["train", str(folder), "--tracker", "trackio", "--out", str(out)]) == 2
