@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import tracking
+from accelerate.utils import LoggerType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures import make_folder
@@ -67,7 +68,7 @@ def noted(monkeypatch):
     """wandb, replaced."""
     monkeypatch.setattr(Noted, "made", [])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Noted)
-    monkeypatch.setattr("accelerate.tracking._available_trackers", [*tracking._available_trackers, "wandb"])
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [*tracking._available_trackers, LoggerType("wandb")])
     monkeypatch.setattr(trackers, "find_spec", lambda name: object())
     monkeypatch.setenv("TRACKIO_DIR", "")  # so that it is put back afterwards, whatever a run sets
     monkeypatch.delenv("TRACKIO_DIR")
@@ -113,6 +114,7 @@ def test_a_tracker_decides_nothing(folder, tmp_path, noted):
         train_adapter(folder, make_tiny_base(), change(*names), out)
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert compare(change("wandb"), change()) == []
+    assert [len(tracker.rows) for tracker in noted] == [4]  # the first run was tracked
     assert not Run(outs[1]).trackers.exists()
 
 
@@ -173,7 +175,9 @@ def test_an_unknown_or_doubled_tracker_is_refused(names):
 
 def test_trackio_is_told_to_keep_its_files_in_the_run_folder(folder, tmp_path, noted, monkeypatch):
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Noted)
-    monkeypatch.setattr("accelerate.tracking._available_trackers", [*tracking._available_trackers, "trackio"])
+    monkeypatch.setattr(
+        "accelerate.tracking._available_trackers", [*tracking._available_trackers, LoggerType("trackio")]
+    )
     out = tmp_path / "out.safetensors"
     train_adapter(folder, make_tiny_base(), change("wandb", "trackio", steps=1, warmup_steps=0), out)
     assert len(noted) == 2
