@@ -33,7 +33,7 @@ STYLES = (
     Lesson("clay", ROOT / "datasets" / "clay", ROOT / "configs" / "mini-style.toml"),
 )
 MOODS = ("grinning", "crying", "kissing", "pouting", "weary", "smiling")
-WEIGHTS = (0.7, 1.0, 1.3)
+WEIGHTS = (0.8, 1.0, 1.2)
 
 
 def named(label: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,9 +24,9 @@ from sdlora.demo import LESSONS
 
 ROOT = Path(__file__).parents[2]
 
-# Floors under what the shipped weights reach: 78.1 %, 58.3 %, 0.51, 25 %, and a cat in the first five of 16.7 %
-# where both LoRAs act. The goals are 75 %, 85 %, 0.8, and ink and cat in 70 %; docs/quality.md has the whole table.
-NAMED_TOP5, INK, KEPT, STACKED_INK, CAT_RANK = 72, 40, 0.3, 8, 0.75
+# Floors under what the shipped weights reach (docs/quality.md has the whole table). The first is its goal; those of the
+# others are 85 %, 0.8, and ink and cat in 70 %.
+NAMED_TOP5, INK, KEPT, STACKED = 75, 75, 0.4, 25
 WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
 
 
@@ -106,7 +105,7 @@ def test_demo_learns_the_style_and_keeps_some_of_the_things(demo: Path, base: Ba
     seeds = [31] * len(things)
     plain = draw(base, [named(t) for t in things], seeds)
     inked = draw(base, [f"{named(t)}, ink style" for t in things], seeds, [(style, 1.0)])
-    assert share([s == "ink" for s in judge.style_of(plain)]) <= 10
+    assert share([s == "ink" for s in judge.style_of(plain)]) <= 5
     assert share([s == "ink" for s in judge.style_of(inked)]) >= INK
     known = share([r < 5 for r in judge.rank_of(plain, things)])
     assert share([r < 5 for r in judge.rank_of(inked, things)]) >= KEPT * known
@@ -118,16 +117,18 @@ def test_demo_stacks_style_and_subject(demo: Path, base: Base, judge: Judge) -> 
     prompts = [f"a {mood} mio cat, ink style" for mood in MOODS for _ in range(2)]
     seeds = list(range(41, 41 + len(prompts)))
 
-    def look(stack: Stacked) -> tuple[float, float]:
+    def look(stack: Stacked) -> tuple[float, float, float]:
+        """Shares of pictures that show ink, the cat among the judge's first five, and both."""
         pictures = draw(base, prompts, seeds, stack)
-        ranks = judge.rank_of(pictures, [CAT] * len(pictures))
-        return share([s == "ink" for s in judge.style_of(pictures)]), statistics.median(ranks)
+        ink = [s == "ink" for s in judge.style_of(pictures)]
+        cat = [r < 5 for r in judge.rank_of(pictures, [CAT] * len(pictures))]
+        return share(ink), share(cat), share([i and c for i, c in zip(ink, cat, strict=True)])
 
-    plain_ink, plain_rank = look([])
-    ink, rank = look([(style, 1.0), (subject, 1.0)])
-    assert plain_ink <= 10
-    assert ink >= STACKED_INK
-    assert rank <= CAT_RANK * plain_rank
+    assert look([])[0] <= 5
+    assert look([])[1] <= 10
+    assert look([(subject, 1.0)])[1] >= 75
+    assert look([(style, 1.0)])[2] <= 10
+    assert look([(style, 1.0), (subject, 1.0)])[2] >= STACKED
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_demo_files_say_what_they_are(demo: Path) -> None:
     )
     (told,) = json.loads(done.stdout)
     assert (told["format"], told["family"], told["base"], told["trigger"]) == ("kohya", "mini", "mini", "ink style")
-    assert told["modules"]["unet"] == 48  # of 80: those in the up blocks
+    assert told["modules"]["unet"] == 40  # of 80: values and outputs
     text = (demo / "ink.safetensors").read_bytes()[:200_000].decode("latin-1")
     assert str(demo) not in text
     assert "datasets" not in text
