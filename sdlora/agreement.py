@@ -16,15 +16,17 @@ _NEEDS: dict[str, tuple[str, str | bool | None]] = {
     "crops": ("crop", "random"),
     "huber_c": ("loss", "huber"),
     "huber_schedule": ("loss", "huber"),
+    "mask_outside": ("masks", None),
     "max_aspect": ("buckets", True),
     "min_snr_gamma": ("weighting", "min-snr"),
+    "prior_weight": ("class_data", None),
     "pyramid_discount": ("pyramid_noise", None),
     "schedule_cycles": ("schedule", "cosine-restarts"),
     "schedule_power": ("schedule", "polynomial"),
     "upscale": ("buckets", True),
     "validate_every": ("validation_share", None),
 }
-"""Fields that only another field's value gives a use; None is any number above 0."""
+"""Fields that only another field's value gives a use; None is any number above 0, or any text."""
 
 
 def check_agreement(recipe: Recipe) -> None:
@@ -82,9 +84,9 @@ def _check_uses(recipe: Recipe) -> None:
         value, found = getattr(recipe, name), getattr(recipe, other)
         used = bool(found) if wanted is None else found == wanted
         if value != _default(recipe, name) and not used:
+            fix = "= " + show(wanted) if wanted is not None else "above 0" if found != "" else f"({_flag(other)})"
             raise ConfigError(
-                f"{name} = {show(value)} has no use while {other} = {show(found)}; "
-                f"set {other} {'above 0' if wanted is None else '= ' + show(wanted)} or leave it out"
+                f"{name} = {show(value)} has no use while {other} = {show(found)}; set {other} {fix} or leave it out"
             )
 
 
@@ -126,6 +128,10 @@ def _check_caption_tools(recipe: Recipe) -> None:
         raise ConfigError(
             f"keep_tags = {recipe.keep_tags} has no use without shuffle_tags or tag_dropout; set one or leave it out"
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _default(recipe: Recipe, name: str) -> Any:

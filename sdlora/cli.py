@@ -150,12 +150,14 @@ def add_check(parser: Parser) -> None:
 def run_check(args: Namespace) -> int:
     from .bases.facts import read_base_facts
     from .data.buckets import describe_crops, plan_cuts, read_bucketing
-    from .data.check import list_report, note_base, write_report
-    from .data.folder import describe_problems, survey_folder
+    from .data.check import list_report, note_base, note_masks, report_prior, write_report
+    from .data.folder import describe_problems
+    from .data.masks import describe_masks, place_crops
+    from .data.material import describe_prior, survey_data
     from .data.variants import list_wordings
 
     recipe = read_recipe(args)
-    survey = survey_folder(args.data, recipe.trigger, caption_lines=recipe.caption_lines)
+    survey = survey_data(args.data, recipe)
     resolution_px, count, facts = recipe.resolution, None, None
     try:
         facts = read_base_facts(recipe.base, recipe.prediction)
@@ -167,15 +169,21 @@ def run_check(args: Namespace) -> int:
         note_base(survey, recipe.base, str(error))
     cuts = plan_cuts(survey.examples, read_bucketing(recipe, resolution_px)) if resolution_px else None
     if cuts and not survey.problems:
+        survey.problems += place_crops(recipe, survey.examples, cuts)[1]
         cuts = leave_out_held(cuts, recipe)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
     report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
+    note_masks(report, survey, recipe.masks)
+    report["class_pictures"] = report_prior(survey.prior, recipe, resolution_px, count) if survey.prior else None
     if args.json:
         print_json(report)
     else:
-        cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else ()
-        for line in list_report(report, len({e.caption for e in survey.examples}), cut_lines, memory_lines):
+        cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else []
+        mask_lines = describe_masks(recipe, list(survey.masks.values()), survey.masks_unused)
+        class_lines = describe_prior(survey.prior.folder, survey.prior.examples, recipe) if survey.prior else []
+        different = len({e.caption for e in survey.examples})
+        for line in list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
             print(show_name(line))
     if survey.problems:
         say(f"error: {describe_problems(survey.folder, survey.problems)}")
@@ -240,21 +248,19 @@ def train(args: Namespace) -> int:
     if args.dry_run:
         print_plan(data, recipe, out)
         return 0
-    from .data.folder import scan_folder
+    from .data.material import gather
 
     # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
     named = named_files(recipe)
     check_files(named)
     if is_main():
         check_output(out, named)
-    scan_folder(data, recipe.trigger, caption_lines=recipe.caption_lines)
+    material = gather(data, recipe)
     from .bases.facts import read_base_facts
 
     facts = read_base_facts(recipe.base, recipe.prediction)
     check_family(recipe, facts.family, recipe.base)
-    from .data.buckets import read_bucketing
-
-    read_bucketing(recipe, recipe.resolution or facts.resolution_px)
+    material.cut(recipe, recipe.resolution or facts.resolution_px)
     from .combining.merge import merge_for_good
     from .training.loop import run_training
 
@@ -295,11 +301,13 @@ def leave_out_held(cuts: Cuts, recipe: Recipe) -> Cuts:
 
 def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     """Prints what training would do, having checked all that it would check first."""
-    from .data.buckets import describe_crops, plan_cuts, read_bucketing
-    from .data.folder import scan_folder
+    from .data.buckets import describe_crops
+    from .data.masks import describe_masks
+    from .data.material import gather, plan_prior
     from .data.variants import describe_wordings, list_wordings
 
-    examples = scan_folder(data, recipe.trigger, caption_lines=recipe.caption_lines)
+    material = gather(data, recipe)
+    examples = material.examples
     from .bases.facts import read_base_facts
 
     check_files(named_files(recipe))
@@ -311,8 +319,9 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     several = f" in {count_processes()} processes" if count_processes() > 1 else ""
     images = recipe.steps * together
     run = out.with_suffix(".run")
-    cuts = leave_out_held(plan_cuts(examples, read_bucketing(recipe, side_px)), recipe)
+    cuts = leave_out_held(material.cut(recipe, side_px), recipe)
     shown = sum(cuts.repeats)
+    class_lines = plan_prior(material.prior, recipe, side_px, count_processes()) if material.prior else []
     wordings = list_wordings([e.caption for e in examples], recipe)
     lines = [
         f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",
@@ -320,6 +329,8 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
         f"an epoch     {shown} images, with repeats" + (", without those held out" if recipe.validation_share else ""),
         f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),
         *(f"cut          {line}" for line in cuts.describe(together) + describe_crops(recipe)),
+        *(f"masks        {line}" for line in describe_masks(recipe, material.masks, material.masks_unused)),
+        *(f"class        {line}" for line in class_lines),
         f"length       {recipe.steps} steps x {together}{several} = {images} images, {images / shown:.1f} epochs",
         *(f"memory       {line}" for line in forecast_memory({}, facts.source, recipe, cuts)),
         f"writes       {out}",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -130,6 +127,10 @@ class Recipe:
     """Random crops that are made of each picture; each showing draws one."""
     upscale: bool = False
     """Scales pictures up that are too small for every bucket; without it they get smaller buckets."""
+    masks: str = ""
+    """Learns only what is white in masks: alpha for the alpha channels, or a folder of grey pictures named alike."""
+    mask_outside: float = 0.0
+    """Weight, 0 to 1, of what lies outside a picture's mask; 1 is as without masks."""
     caption_lines: bool = False
     """Every line of a caption file is a caption of its own, and each showing of the picture draws one."""
     caption_variants: int = 1
@@ -150,6 +151,10 @@ class Recipe:
     """Last layers of the text encoder to leave out, beyond the base's own; where others say clip skip 2, say 1."""
     trigger: str = ""
     """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
+    class_data: str = ""
+    """Folder of captioned class pictures, learnt beside yours, as many in each step, to keep what the base knows."""
+    prior_weight: float = 1.0
+    """What the class pictures' part of the loss counts."""
     text_encoder: bool = False
     """Also adapts the text encoders, where they have what the targets name."""
     text_encoder_learning_rate: float | None = None
@@ -205,9 +210,20 @@ FIELDS: dict[str, Any] = {f.name: typing.get_type_hints(Recipe)[f.name] for f in
 """Each field's name and type."""
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
 UNDECISIVE = frozenset(
-    {"preview", "preview_every", "checkpoint_every", "validate_every", "continue_from", "merge", "recompute", "tracker"}
+    {
+        "preview",
+        "preview_every",
+        "checkpoint_every",
+        "validate_every",
+        "continue_from",
+        "merge",
+        "recompute",
+        "tracker",
+        "masks",
+        "class_data",
+    }
 )
-"""Fields that do not change what is learnt; of a file that they name, the contents decide, and not the path."""
+"""Fields that do not change what is learnt; of files and folders that they name, the contents decide, not the path."""
 
 
 def check_value(name: str, value: Any) -> Any:
@@ -285,16 +301,3 @@ def compare(a: Recipe, b: Recipe) -> list[str]:
         if old != new and name not in UNDECISIVE:
             found.append(f"{name} {'open' if old is None else show(old)} -> {'open' if new is None else show(new)}")
     return found
-
-
-@functools.cache
-def describe_fields() -> dict[str, str]:
-    """Each field's docstring, read from this module's source; it is what `sdlora train --help` says of the flag."""
-    body = ast.parse(inspect.getsource(Recipe)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for line, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            texts[line.target.id] = " ".join(str(after.value.value).split())
-    return texts

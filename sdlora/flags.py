@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
+import inspect
 import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from .config import DEFAULTS, FIELDS, describe_fields
+from .config import DEFAULTS, FIELDS, Recipe
 from .errors import ConfigError
 from .values import NUMBER, suggest
 
@@ -22,6 +25,8 @@ RECIPE_GROUPS = {
         "caption_lines", "caption_variants", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards",
     ),
     "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "crop", "crops"),
+    "what of a picture is learnt": ("masks", "mask_outside"),
+    "what the base keeps": ("class_data", "prior_weight"),
     "what is adapted, and how": (
         "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
         "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",
@@ -42,7 +47,7 @@ RECIPE_GROUPS = {
 _METAVARS = {
     "base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT", "targets": "NAMES", "blocks": "BLOCKS",
     "block_ranks": "BLOCK=RANK[:ALPHA]", "continue_from": "FILE", "merge": "FILE[:W[:TE]]",
-    "tracker": "NAME",
+    "tracker": "NAME", "masks": "alpha|FOLDER", "class_data": "FOLDER",
 }  # fmt: skip
 _FLAGS = {"continue_from": "--continue"}
 """Flags that are not called as their field."""
@@ -132,6 +137,19 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name in names:
             _add_field(group, name, texts[name].replace("`", "").replace("%", "%%"))
+
+
+@functools.cache
+def describe_fields() -> dict[str, str]:
+    """Each field's docstring, read from its module's source; it is what `sdlora train --help` says of the flag."""
+    body = ast.parse(inspect.getsource(Recipe)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for line, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
+            assert isinstance(after.value, ast.Constant)
+            texts[line.target.id] = " ".join(str(after.value.value).split())
+    return texts
 
 
 def _add_field(group: argparse._ArgumentGroup, name: str, text: str) -> None:

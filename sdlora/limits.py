@@ -31,6 +31,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),
     "bucket_step_px": (lambda v: 8 <= v <= 1024 and v % 8 == 0, "give a multiple of 8 from 8 to 1024, such as 64"),
     "max_aspect": (lambda v: 1 <= v <= 8, "give a number from 1 to 8, such as 2"),
+    "mask_outside": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.1"),
+    "prior_weight": (lambda v: 0 < v <= 1000, "give a number above 0, such as 1"),
     "crops": (lambda v: 1 <= v <= 100, "give 1 to 100, such as 4"),
     "caption_variants": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 8"),
     "keep_tags": (lambda v: 0 <= v <= 1000, "give 0 or more, such as 1"),

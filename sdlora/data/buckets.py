@@ -74,10 +74,11 @@ def draw_places(recipe: Recipe, pictures: int) -> list[list[tuple[float, float]]
     """Where each picture's random crops lie, as `move_cut` takes it, by the recipe's seed; None for the centre."""
     if recipe.crop == "centre":
         return None
-    return [[_draw_place(f"{recipe.seed}/{i}/{n}/crop") for n in range(recipe.crops)] for i in range(pictures)]
+    return [[draw_place(f"{recipe.seed}/{i}/{n}/crop") for n in range(recipe.crops)] for i in range(pictures)]
 
 
-def _draw_place(address: str) -> tuple[float, float]:
+def draw_place(address: str) -> tuple[float, float]:
+    """A place, as `move_cut` takes it, that hangs on the address alone."""
     data = hashlib.sha256(address.encode()).digest()
     across, down = (int.from_bytes(data[i : i + 6], "big") / 2**48 for i in (0, 6))
     return across, down

@@ -7,9 +7,12 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from .buckets import Cuts
+from ..config import Recipe
+from .buckets import Cuts, plan_cuts, read_bucketing
 from .folder import Problem, Survey
 from .likeness import group_alike
+from .material import class_recipe
+from .variants import list_wordings
 
 Counter = Callable[[list[str]], tuple[list[int], int]]
 """Captions -> each one's length in tokens, and how many tokens the base reads."""
@@ -72,8 +75,28 @@ def find_near_duplicates(survey: Survey) -> list[list[str]]:
     return group_alike({name: look for name, look in survey.looks.items() if first[survey.pixels[name]] == name})
 
 
+def note_masks(report: dict[str, Any], survey: Survey, source: str) -> None:
+    """Adds what the masks come to: null where there are none; `kept` is the share of each picture that is learnt."""
+    kept = {name: round(share, 4) for name, share in survey.masks.items()}
+    report["masks"] = {"source": source, "kept": kept, "of_no_picture": survey.masks_unused} if source else None
+
+
+def report_prior(survey: Survey, recipe: Recipe, side_px: int | None, count_tokens: Counter | None) -> dict[str, Any]:
+    """The same document as `write_report`'s for the class pictures, with their folder."""
+    own = class_recipe(recipe)
+    cuts = plan_cuts(survey.examples, read_bucketing(own, side_px)) if side_px else None
+    wordings = list_wordings([e.caption for e in survey.examples], own)
+    report = write_report(survey, cuts, count_tokens, own.steps, own.images_per_step, wordings)
+    return {"folder": str(survey.folder), **report}
+
+
 def list_report(
-    report: dict[str, Any], different_captions: int, cut_lines: Sequence[str] = (), memory_lines: Sequence[str] = ()
+    report: dict[str, Any],
+    different_captions: int,
+    cut_lines: Sequence[str] = (),
+    memory_lines: Sequence[str] = (),
+    mask_lines: Sequence[str] = (),
+    class_lines: Sequence[str] = (),
 ) -> list[str]:
     """The same document as lines for a person."""
     lines = [
@@ -86,7 +109,11 @@ def list_report(
     lines += [f"trained at        {size}: {n}" for size, n in report["buckets"].items()]
     lines += [f"cut               {line}" for line in cut_lines]
     lines += [f"memory            {line}" for line in memory_lines]
-    for row in report["truncated"] or []:
+    lines += [f"masks             {line}" for line in mask_lines]
+    lines += [f"class             {line}" for line in class_lines]
+    prior = report.get("class_pictures") or {}
+    long = [{**row, "file": f"{prior['folder']}/{row['file']}"} for row in prior.get("truncated") or []]
+    for row in (report["truncated"] or []) + long:
         lines.append(f"caption too long  {row['file']}: {row['tokens']} tokens, the base reads {row['limit']}")
     lines += [f"same picture      {', '.join(names)}" for names in report["duplicates"]]
     lines += [f"nearly the same   {', '.join(names)}" for names in report["near_duplicates"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,8 @@ class Example:
     repeats: int
     size_px: tuple[int, int] = (0, 0)
     """Width and height, turned as its EXIF says; 0, 0 where nobody looked."""
+    mask: Path | None = None
+    """Where its mask is: a file of its own, the picture itself where that is its alpha channel, or nowhere."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Survey:
     """How many files are there that should be pictures."""
     captions: int = 0
     """How many pictures have a caption of their own."""
+    masks: dict[str, float] = field(default_factory=dict)
+    """How much of each picture its mask keeps, 0 to 1, by name."""
+    masks_unused: list[str] = field(default_factory=list)
+    """Masks that belong to no picture."""
+    prior: Survey | None = None
+    """The folder of class pictures; its problems are among these."""
 
 
 def scan_folder(folder: str | Path, trigger: str = "", *, caption_lines: bool = False) -> list[Example]:
@@ -86,11 +94,16 @@ def describe_problems(folder: Path, problems: list[Problem]) -> str:
     return f"{folder}: {'; '.join(parts)}"
 
 
-def survey_folder(folder: str | Path, trigger: str = "", *, caption_lines: bool = False) -> Survey:
-    """Looks at everything in a data folder; a problem is noted, never raised, so that all are found at once."""
+def survey_folder(
+    folder: str | Path, trigger: str = "", *, caption_lines: bool = False, leave_out: Set[tuple[int, int]] = frozenset()
+) -> Survey:
+    """Looks at everything in a data folder; a problem is noted, never raised, so that all are found at once.
+
+    `leave_out` are folders within it whose pictures do not count, such as masks, by device and number.
+    """
     survey = Survey(Path(folder))
     trigger = clean_caption(trigger)
-    found = _Finder(survey, trigger, caption_lines)
+    found = _Finder(survey, trigger, caption_lines, leave_out)
     if not found.open_root():
         return survey
     found.walk()
@@ -153,8 +166,9 @@ class _Picture:
 class _Finder:
     """One walk through a folder: its pictures, caption files and metadata rows."""
 
-    def __init__(self, survey: Survey, trigger: str, caption_lines: bool) -> None:
+    def __init__(self, survey: Survey, trigger: str, caption_lines: bool, leave_out: Set[tuple[int, int]]) -> None:
         self.survey = survey
+        self.leave_out = leave_out
         self.trigger = trigger
         self.lines = caption_lines
         self.root = survey.folder
@@ -187,9 +201,10 @@ class _Finder:
             folder, repeats = folders.pop(0) if folders else links.pop(0)
             try:
                 found = folder.stat()
-                if (found.st_dev, found.st_ino) in seen:
+                place = (found.st_dev, found.st_ino)
+                if place in seen or (place in self.leave_out and folder != self.root):
                     continue
-                seen.add((found.st_dev, found.st_ino))
+                seen.add(place)
                 names = sorted(os.listdir(folder))
             except OSError as error:
                 _note(self.survey, self.name(folder), f"cannot be read ({_why(error)})", "give yourself the right to")

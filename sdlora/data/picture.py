@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,24 @@ def decode_picture(path: Path) -> Image.Image:
 
     Raises: ValueError with two arguments, the problem and the fix.
     """
+    image = _decode(path, _to_rgb)
+    assert image is not None
+    return image
+
+
+def decode_grey(path: Path) -> Image.Image:
+    """As `decode_picture`, a grey picture as 8-bit grey. Raises: as it, and where it has colours or clear parts."""
+    image = _decode(path, _to_grey)
+    assert image is not None
+    return image
+
+
+def decode_alpha(path: Path) -> Image.Image | None:
+    """As `decode_picture`, how opaque it is, as 8-bit grey; None where it has no alpha channel. Raises: as it."""
+    return _decode(path, _to_alpha)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Image.Image | None]) -> Image.Image | None:
     try:
         found = path.stat()
     except OSError as error:
@@ -58,7 +76,7 @@ def decode_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return convert(ImageOps.exif_transpose(image))
     except PermissionError as error:
         raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -68,7 +86,7 @@ def decode_picture(path: Path) -> Image.Image:
     except MemoryError:
         raise ValueError("does not fit in memory", "scale it down") from None
     except UnsupportedMode as error:
-        raise ValueError(str(error), "save it as 8-bit RGB") from None
+        raise ValueError(str(error), error.fix) from None
     # A damaged file can make a decoder fail in any way: OSError, SyntaxError, struct.error, EOFError, …
     except Exception as error:
         raise ValueError(f"cannot be decoded ({_reason(error)})", _TRY) from None
@@ -87,11 +105,19 @@ def cut_picture(image: Image.Image, cut: Cut) -> Image.Image:
 
 
 class UnsupportedMode(Exception):
-    """A picture whose numbers have no agreed meaning as 8-bit colours."""
+    """A picture whose numbers have no agreed meaning as 8-bit colours, or as a mask."""
+
+    def __init__(self, problem: str, fix: str = "save it as 8-bit RGB") -> None:
+        super().__init__(problem)
+        self.fix = fix
+
+
+_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_MOST_TINT = 24  # of 255: how far a grey picture's channels may lie apart, as JPEG leaves them
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+    if image.mode in _16_BIT:
         image = _grey_from_16_bit(image)
     if image.mode in ("F", "LAB"):
         raise UnsupportedMode(f"is a picture of {'floating-point numbers' if image.mode == 'F' else 'L*a*b* colours'}")
@@ -99,6 +125,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    alpha = _to_alpha(image)
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        raise UnsupportedMode("has transparent parts, so is no mask", "save it as a grey picture, black there")
+    image = _to_rgb(image)
+    channels = np.asarray(image).astype(np.int16)
+    if int((channels.max(-1) - channels.min(-1)).max()) > _MOST_TINT:
+        raise UnsupportedMode("has colours, so is no mask", "save it as a grey picture: white is learnt, black is not")
+    return image.convert("L")
+
+
+def _to_alpha(image: Image.Image) -> Image.Image | None:
+    clear = image.info.get("transparency")
+    if image.mode in _16_BIT:
+        grey = np.asarray(image)
+        return Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or clear is not None:
+        return image.convert("RGBA").getchannel("A")
+    return None
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:

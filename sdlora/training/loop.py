@@ -19,20 +19,20 @@ from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
 from ..bases.quantisation import check_quantise, quantise_base
 from ..config import Recipe
-from ..data.buckets import describe_crops, draw_places, plan_cuts, read_bucketing
-from ..data.cache import Encoded, encode_folder
-from ..data.folder import Example, digest, scan_folder
-from ..data.store import Store
-from ..data.variants import describe_wordings, list_wordings
+from ..data.cache import Encoded
+from ..data.folder import Example
+from ..data.material import Material, gather
 from ..errors import RunError, RunInterrupted
 from .adapting import attach_layers, describe_settings, make_card, name_sources
 from .averages import Averages
 from .checkpoint import Checkpoint, load_newest
 from .interrupt import watch_signals
+from .lessons import Lessons
 from .objective import Objective, prediction_type_of
 from .optim import make_optimizer, rate_factor, rates_of, schedule_of, set_rate
 from .optimizers import check_optimizer
 from .preview import Previews
+from .prior import Prior
 from .processes import Processes, choose_device, joined, mark_told
 from .progress import say
 from .recomputation import recomputing
@@ -72,12 +72,12 @@ def run_training(
     check_trackers(recipe.tracker)
     with joined(device) as processes:
         run = processes.from_main(lambda: open_run(folder, out, restart))
-        examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
+        material = gather(folder, recipe)
         device = choose_device(device)
         check_quantise(recipe.quantise, pick_device(device))
-        say(describe_run(recipe, examples, out, processes.count))
+        say(describe_run(recipe, material.examples, out, processes.count))
         base = partial(_load_prepared, recipe, device, prepare)
-        _train(examples, _take(base, recipe), recipe, run, processes, restart, cache)
+        _train(material, _take(base, recipe), recipe, run, processes, restart, cache)
     return out
 
 
@@ -117,8 +117,8 @@ def train_adapter(
     check_trackers(recipe.tracker)
     with joined(base.device.type if isinstance(base, Base) else device) as processes:
         run = processes.from_main(lambda: open_run(folder, out, restart))
-        examples = scan_folder(folder, recipe.trigger, caption_lines=recipe.caption_lines)
-        return _train(examples, _take(base, recipe), recipe, run, processes, restart, cache)
+        material = gather(folder, recipe)
+        return _train(material, _take(base, recipe), recipe, run, processes, restart, cache)
 
 
 def _take(base: Base | Callable[[], Base], recipe: Recipe) -> Base:
@@ -147,7 +147,7 @@ def describe_run(recipe: Recipe, examples: list[Example], out: Path, processes: 
 
 
 def _train(
-    examples: list[Example],
+    material: Material,
     base: Base,
     recipe: Recipe,
     run: Run,
@@ -161,15 +161,16 @@ def _train(
         raise RunError("precision fp16 needs a GPU to train; use bf16 or fp32")
     base.check_clip_skip(recipe.clip_skip)
     check_optimizer(recipe.optimizer, base.device)
-    validation = Validation.of(recipe, len(examples))
+    validation = Validation.of(recipe, len(material.examples))
     layers = attach_layers(base, recipe)  # here, so that all that is wrong with it shows before minutes are spent
     layers.detach_from_base()
     side_px = recipe.resolution or base.resolution_px
-    cuts = plan_cuts(examples, read_bucketing(recipe, side_px))
-    cuts = replace(cuts, repeats=tuple(validation.learnt([e.repeats for e in examples])))
-    sources = name_sources(base, recipe)
+    shown = validation.learnt([e.repeats for e in material.examples])
+    lessons = Lessons.plan(material, recipe, side_px, shown)
+    class_lessons = Lessons.of_prior(material, recipe, side_px, processes.count)
+    sources = name_sources(base, recipe) | material.settings(recipe)
     origin = {
-        "pictures or captions": digest(examples),
+        **material.origin(),
         "base's weights": base.fingerprint,
         "LoRA that is continued": sources.get("continued"),
         "number of processes": processes.count if processes.count > 1 else None,
@@ -182,27 +183,9 @@ def _train(
         try:
             checkpoint = processes.hand_out(lambda: load_newest(run.checkpoints, say))
             with same_threads(checkpoint):
-                wordings = list_wordings([e.caption for e in examples], recipe)
-                lines = cuts.describe(recipe.images_per_step * processes.count) + describe_crops(recipe)
-                for line in lines + describe_wordings(wordings, recipe):
-                    say(line)
-                # Each process encodes all of it for itself: any picture may fall to it, and the machines need not share
-                # a disk. With a cache one of each machine goes first, and the others find what it made.
-                encode = partial(
-                    encode_folder,
-                    base,
-                    examples,
-                    resolution_px=side_px,
-                    sizes=[cut.size for cut in cuts.cuts],
-                    wordings=wordings,
-                    places=draw_places(recipe, len(examples)),
-                    flip=recipe.flip,
-                    text=not recipe.text_encoder,
-                    chunks=recipe.max_chunks,
-                    clip_skip=recipe.clip_skip,
-                    store=Store(cache) if cache else None,
-                )
-                encoded = processes.in_turn(encode) if cache else encode()
+                encoded = lessons.encode(base, cache, say, processes)
+                classes = class_lessons.encode(base, cache, say, processes) if class_lessons else None
+                prior = Prior.of(base, classes, recipe, processes.count)
                 previews = Previews.of(base, recipe, run.previews, side_px)
                 release(base, recipe, draws=processes.main)
                 layers.attach()
@@ -210,7 +193,7 @@ def _train(
                     for line in ("; ".join([layers.describe(), *describe_settings(recipe)]), *advise(recipe)):
                         say(line)
                     processes.exchange()  # from here on they meet in every step
-                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes)
+                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior)
                     adapter = layers.adapter(make_card(base, recipe, sources, processes.count))
                 finally:
                     layers.detach_from_base()
@@ -232,6 +215,7 @@ def fit(
     previews: Previews,
     checkpoint: Checkpoint | None,
     processes: Processes,
+    prior: Prior | None = None,
 ) -> None:
     """The training loop: takes the attached layers from the checkpoint, or the start, to the recipe's last step.
 
@@ -256,7 +240,7 @@ def fit(
         for step in range(state.saved, recipe.steps):
             start_s = time.perf_counter()
             rate = set_rate(optimizer, rate_factor(step, **schedule))
-            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator, processes)
+            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator, processes, prior)
             loss, asked = processes.average(factors, loss, stop.requested)
             norm = accelerator.clip_grad_norm_(factors.values(), recipe.max_grad_norm)
             # The step's only read from the device; it comes before the update, so a bad one is never made.

@@ -18,7 +18,7 @@ from ..bases.family import Base
 from ..bases.quantisation import quantise_base
 from ..bases.text import Text
 from ..config import Recipe
-from ..data.cache import BATCH_PX
+from ..data.latents import BATCH_PX
 from .adapting import attach_layers
 from .counting import Peak, counting_saved, fused_attention
 from .recomputation import recomputing

@@ -86,8 +86,22 @@ def huber_width(alpha_bar: Tensor, t: Tensor, timesteps: int, huber_c: float, sc
     return ((1 - huber_c) / (1 + sigma) ** 2 + huber_c).float()
 
 
-def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None) -> Tensor:
+def mask_weight(mask: Tensor, outside: float) -> Tensor:
+    """The weight of each latent pixel's error, float32 [B, 1, H, W], for masks m of this shape in 0..1, none all 0.
+
+    w = outside + (1 - outside)·m, divided by the picture's mean of w: the mean weight of a picture is 1 however small
+    its mask, so a small mask learns as much a step as a large one, and an all-white mask, or outside = 1, gives ones.
+    """
+    weight = torch.ones_like(mask).mul_(outside).lerp_(torch.ones_like(mask), mask)
+    return weight / weight.mean((-2, -1), keepdim=True)
+
+
+def weighted_error(
+    prediction: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """The mean over samples of weight · mean squared error, a float32 scalar whatever the prediction's dtype.
+
+    `mask` [B, 1, H, W] is what each latent pixel's error counts (`mask_weight`), all the same without it.
 
     With a width c [B] the error d² of each value is 2c(√(d² + c²) - c) instead: d² where it is small, 2c|d| where it is
     large (pseudo-Huber).
@@ -97,6 +111,8 @@ def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor, width: Te
         c = width[:, None]
         # 2c(√(d² + c²) - c) without the difference, which would lose the small errors' digits
         squared = 2 * c * squared / ((squared + c.square()).sqrt() + c)
+    if mask is not None:
+        squared = squared * mask.expand_as(prediction).flatten(1)
     return (squared.mean(1) * weight).mean()
 
 

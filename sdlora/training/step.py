@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,9 +15,12 @@ from ..data.cache import Encoded
 from .draws import Chances, Draws, Order
 from .inputs import send, text_of
 from .noise import NoiseShape, Times
-from .objective import Objective, add_noise, target, weighted_error
+from .objective import Objective, add_noise, mask_weight, target, weighted_error
 from .processes import Processes
 from .validation import Validation
+
+if TYPE_CHECKING:
+    from .prior import Prior
 
 
 def chances_of(base: Base, encoded: Encoded, recipe: Recipe, validation: Validation, processes: int = 1) -> Chances:
@@ -44,17 +49,28 @@ def accumulate(
     chances: Chances,
     accelerator: Accelerator,
     processes: Processes,
+    prior: Prior | None = None,
 ) -> Tensor:
-    """A step's gradients, over this process's share of its micro-batches; returns their mean loss."""
-    losses = []
+    """A step's gradients, over this process's share of its passes; returns their mean loss, the class pictures' added.
+
+    Each pass is followed by the class pictures' of the same number, so that a process has both or neither.
+    """
+    losses, passes = [], objective.recipe.accumulation * processes.count
     for micro in range(objective.recipe.accumulation):
         part = processes.part(micro)  # of the step's pictures, and so of its dropout masks
-        draws = chances.draw(step, objective.recipe.batch_size, part, objective.recipe.accumulation * processes.count)
+        draws = chances.draw(step, objective.recipe.batch_size, part, passes)
         layers.begin(step, part)
         with accelerator.accumulate():
             loss = _error(base, encoded, objective, draws)
             accelerator.backward(loss)
-        losses.append(loss.detach())
+            loss = loss.detach()
+            if prior is not None:  # by itself, so that a pass holds no more pictures than without
+                draws = prior.chances.draw(step, objective.recipe.batch_size, part, passes)
+                layers.begin(step, passes + part)
+                class_loss = prior.weight * _error(base, prior.encoded, objective, draws)
+                accelerator.backward(class_loss)
+                loss += class_loss.detach()
+        losses.append(loss)
     layers.end()
     return torch.stack(losses).mean()
 
@@ -69,6 +85,8 @@ def _error(base: Base, encoded: Encoded, objective: Objective, draws: Draws) -> 
     weighing = [objective.weigh(alpha_bar), objective.width(alpha_bar, draws.t)]
     weight, width = (x if x is None else x.to(base.device) for x in weighing)
     assert weight is not None
+    mask = encoded.mask(*place)
+    mask = mask if mask is None else mask_weight(mask, objective.recipe.mask_outside).to(base.device)
     text = text_of(base, encoded, draws.caption, objective.recipe.clip_skip)
     sizes = encoded.sizes[place].to(base.device, non_blocking=True)
-    return weighted_error(base.predict(x_t, draws.t.to(base.device), text, sizes), goal, weight, width)
+    return weighted_error(base.predict(x_t, draws.t.to(base.device), text, sizes), goal, weight, width, mask)

@@ -14,7 +14,7 @@ from ..errors import DataError
 from .draws import generator
 from .inputs import send, text_of
 from .noise import Times
-from .objective import add_noise, prediction_type_of, target, weighted_error
+from .objective import add_noise, mask_weight, prediction_type_of, target, weighted_error
 
 TIMES = 4
 """Timesteps at which each picture is measured, spread evenly over those that are trained."""
@@ -58,7 +58,10 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, base: Base, encoded: Encoded) -> float:
-        """The mean squared error over the held-out pictures, unweighted, so that runs can be compared by it."""
+        """The mean squared error over the held-out pictures, unweighted, so that runs can be compared by it.
+
+        Where there are masks, a pixel's error counts what it counts in training.
+        """
         kind = prediction_type_of(base.scheduler_config)
         low, end = Times.of(self.recipe).bounds(len(base.alphas_cumprod))
         t = torch.tensor([low + int((i + 0.5) / TIMES * (end - low)) for i in range(TIMES)])
@@ -78,5 +81,7 @@ class Validation:
             text = text_of(base, encoded, torch.tensor([first[picture]] * TIMES), self.recipe.clip_skip)
             sizes = encoded.sizes[0, picture].expand(TIMES, -1).to(base.device)
             prediction = base.predict(send(add_noise(x0, noise, alpha_bar), base), t.to(base.device), text, sizes)
-            errors.append(weighted_error(prediction, goal, torch.ones(TIMES, device=base.device)))
+            mask = encoded.mask(torch.zeros(1, dtype=torch.int64), torch.tensor([picture]))
+            mask = mask if mask is None else mask_weight(mask, self.recipe.mask_outside).to(base.device)
+            errors.append(weighted_error(prediction, goal, torch.ones(TIMES, device=base.device), mask=mask))
         return float(torch.stack(errors).mean())

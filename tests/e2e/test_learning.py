@@ -20,7 +20,7 @@ from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import ConfigError, DataError
-from sdlora.training import loop
+from sdlora.training import lessons, loop
 from sdlora.training.draws import Chances, generator
 from sdlora.training.loop import describe_run, train_adapter
 from sdlora.training.metrics import read_rows
@@ -130,7 +130,7 @@ def test_other_optimizers_resume(folder, tmp_path, monkeypatch, name):
 
 def test_missing_optimizer_is_found_before_any_work(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    monkeypatch.setattr(loop, "encode_folder", lambda *a, **k: pytest.fail("worked first"))
+    monkeypatch.setattr(lessons, "encode_folder", lambda *a, **k: pytest.fail("worked first"))
     with pytest.raises(ConfigError, match="needs the package prodigyopt"):
         train_adapter(folder, make_tiny_base(), change(optimizer="prodigy"), tmp_path / "new" / "out.safetensors")
     assert not (tmp_path / "new").exists()

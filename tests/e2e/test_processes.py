@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -100,6 +101,26 @@ def test_each_process_has_dropout_masks_of_its_own(place):
     ended = launch(place / "two-drop", argv, argv)
     assert [alone.code, *(e.code for e in ended)] == [0, 0, 0]
     check_alike(one, two)
+
+
+def test_masks_and_class_pictures_are_shared_out_with_the_passes(place):
+    one, two = place / "one-class.safetensors", place / "two-class.safetensors"
+    make_folder(place / "class", 3)
+    (place / "masks").mkdir()
+    for picture in (place / "data").glob("*.png"):
+        Image.linear_gradient("L").resize(Image.open(picture).size).save(place / "masks" / picture.name)
+    more = ["--class-data", str(place / "class"), "--prior-weight", "0.5", "--masks", str(place / "masks")]
+    more += ["--dropout", "0.3", "--batch-size", "2"]
+    (alone,) = launch(place / "printed-one-class", words(place, one, *more, "--accumulation", "2"))
+    argv = words(place, two, *more)
+    ended = launch(place / "printed-two-class", argv, argv)
+    assert [alone.code, *(e.code for e in ended)] == [0, 0, 0], alone.err + ended[0].err
+    check_alike(one, two)
+    assert "3 class pictures, 4 in each step beside yours" in ended[0].err
+    plain = place / "two-plain.safetensors"
+    argv = words(place, plain, *more[4:])  # without class pictures
+    assert [e.code for e in launch(place / "printed-two-plain", argv, argv)] == [0, 0]
+    assert all(b["loss"] > a["loss"] for a, b in zip(rows(plain), rows(two), strict=True))
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes_with_as_many_processes_only(place, tmp_path):

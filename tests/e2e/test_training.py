@@ -386,7 +386,7 @@ def test_unwritable_output_is_found_before_any_work(folder, tmp_path, monkeypatc
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
     before = snapshot(tmp_path)
-    monkeypatch.setattr(loop, "scan_folder", lambda *a: pytest.fail("worked first"))
+    monkeypatch.setattr(loop, "gather", lambda *a: pytest.fail("worked first"))
     with pytest.raises(RunError) as error:
         train_adapter(folder, make_tiny_base(), RECIPE, tmp_path / name)
     assert Path(name).name in str(error.value)

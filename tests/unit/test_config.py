@@ -11,13 +11,13 @@ from sdlora.config import (
     FIELDS,
     Recipe,
     compare,
-    describe_fields,
     make_recipe,
     recipe_from_toml,
     recipe_to_toml,
     suggest,
 )
 from sdlora.errors import ConfigError
+from sdlora.flags import describe_fields
 
 # Everything but control characters, half characters and line separators may be in a text.
 texts = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=12)

@@ -1,0 +1,133 @@
+"""All that a run learns from: the pictures of its data folder, with their masks, and class pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..config import Recipe
+from ..errors import DataError
+from .buckets import Cuts, count, describe_crops, plan_cuts, read_bucketing
+from .folder import Example, Problem, Survey, describe_problems, digest, survey_folder
+from .masks import ALPHA, Places, add_masks, digest_masks, place_crops
+from .variants import describe_wordings, list_wordings
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a recipe's run learns from."""
+
+    folder: Path
+    examples: list[Example]
+    """The pictures of the data folder."""
+    masks: list[float] = field(default_factory=list)
+    """How much of each picture its mask keeps, where there are masks."""
+    masks_unused: list[str] = field(default_factory=list)
+    """Masks that belong to no picture."""
+    prior: Material | None = None
+    """The class pictures."""
+
+    def cut(self, recipe: Recipe, side_px: int) -> Cuts:
+        """Every picture's cut. Raises: DataError where one leaves nothing of a mask; else as `read_bucketing`."""
+        cuts = plan_cuts(self.examples, read_bucketing(recipe, side_px))
+        self.place(recipe, cuts)
+        return cuts
+
+    def place(self, recipe: Recipe, cuts: Cuts) -> Places | None:
+        """Where random crops lie, as `place_crops` says. Raises: DataError where a cut leaves nothing of a mask."""
+        places, problems = place_crops(recipe, self.examples, cuts)
+        if problems:
+            raise DataError(describe_problems(self.folder, problems))
+        return places
+
+    def origin(self) -> dict[str, str | None]:
+        """The digest of each part, by what a message calls it; None for a part that is not there."""
+        return {
+            "pictures or captions": digest(self.examples),
+            "masks": digest_masks(self.examples),
+            "class pictures or their captions (class_data)": digest(self.prior.examples) if self.prior else None,
+        }
+
+    def settings(self, recipe: Recipe) -> dict[str, str]:
+        """What a LoRA's file says of folders that the recipe names: their contents' digests, and no path."""
+        masks = ALPHA if recipe.masks == ALPHA else digest_masks(self.examples)
+        named = {"masks": masks, "class_data": digest(self.prior.examples) if self.prior else None}
+        return {name: value for name, value in named.items() if value}
+
+
+def class_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as it is for class pictures: no trigger, mask or validation, and draws by a seed of their own."""
+    own = hashlib.sha256(f"{recipe.seed}/class".encode()).digest()
+    default = Recipe()
+    without = ("trigger", "masks", "mask_outside", "class_data", "prior_weight", "validation_share", "validate_every")
+    values = {name: getattr(default, name) for name in without}
+    return replace(recipe, seed=int.from_bytes(own[:8], "big") >> 1, **values)
+
+
+def survey_data(folder: str | Path, recipe: Recipe) -> Survey:
+    """Looks at everything in the data folder, its masks, and the class pictures; notes problems, raises none."""
+    masks = [Path(recipe.masks)] if recipe.masks not in ("", ALPHA) else []
+    prior = [Path(recipe.class_data)] if recipe.class_data else []
+    lines = recipe.caption_lines
+    survey = survey_folder(folder, recipe.trigger, caption_lines=lines, leave_out=_locate([*masks, *prior]))
+    add_masks(survey, recipe.masks)
+    for root in prior:
+        survey.prior = survey_folder(root, caption_lines=lines, leave_out=_locate([*masks, survey.folder]))
+        survey.problems += [_of_class(problem, root) for problem in survey.prior.problems]
+        if _locate([root]) & _locate([survey.folder]):
+            problem = "is the data folder itself, and cannot be its class pictures too"
+            survey.problems.append(Problem(str(root), problem, "give another folder with class_data (--class-data)"))
+    return survey
+
+
+def _of_class(problem: Problem, root: Path) -> Problem:
+    """A problem of the class folder, as it is said among those of the data folder."""
+    if problem.file == str(root):
+        return replace(problem, fix="check class_data (--class-data)" if "path" in problem.fix else problem.fix)
+    fix = problem.fix.replace(", or give --trigger", "")  # class pictures get none
+    return Problem(str(root / problem.file), problem.problem, fix)
+
+
+def gather(folder: str | Path, recipe: Recipe) -> Material:
+    """All that a run with this recipe learns from, each picture decoded once to be sure of it.
+
+    Raises: DataError, one line that lists every problem.
+    """
+    survey = survey_data(folder, recipe)
+    if survey.problems:
+        raise DataError(describe_problems(survey.folder, survey.problems))
+    prior = Material(survey.prior.folder, survey.prior.examples) if survey.prior else None
+    return Material(survey.folder, survey.examples, list(survey.masks.values()), survey.masks_unused, prior)
+
+
+def _locate(folders: list[Path]) -> set[tuple[int, int]]:
+    """The device and number of each of the folders that is there."""
+    places = set()
+    for folder in folders:
+        with suppress(OSError, ValueError):
+            found = folder.stat()
+            places.add((found.st_dev, found.st_ino))
+    return places
+
+
+def describe_prior(folder: Path, examples: list[Example], recipe: Recipe, processes: int = 1) -> list[str]:
+    """A line on the class pictures, where there are any: how many, what a step has of them, and what they count."""
+    shown = sum(e.repeats for e in examples)
+    if not shown:
+        return []
+    together = recipe.images_per_step * processes
+    epochs = recipe.steps * together / shown
+    return [
+        f"{folder}: {count(len(examples), 'class picture')}, {together} in each step beside yours "
+        f"({epochs:.3g} epochs), their loss times {recipe.prior_weight:g}"
+    ]
+
+
+def plan_prior(prior: Material, recipe: Recipe, side_px: int, processes: int = 1) -> list[str]:
+    """All that becomes of the class pictures, as lines. Raises: ConfigError where buckets do not fit the resolution."""
+    own = class_recipe(recipe)
+    wordings = list_wordings([e.caption for e in prior.examples], own)
+    lines = prior.cut(own, side_px).describe(own.images_per_step * processes) + describe_crops(own)
+    return describe_prior(prior.folder, prior.examples, recipe, processes) + lines + describe_wordings(wordings, own)

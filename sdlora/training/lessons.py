@@ -1,0 +1,78 @@
+"""Pictures ready to be learnt: planned before anything is written, encoded once the run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..bases.family import Base
+from ..config import Recipe
+from ..data.buckets import Cuts, describe_crops, plan_cuts, read_bucketing
+from ..data.cache import Encoded, encode_folder
+from ..data.folder import Example
+from ..data.masks import Places
+from ..data.material import Material, class_recipe, describe_prior
+from ..data.store import Store
+from ..data.variants import describe_wordings, list_wordings
+from .processes import Processes
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Some examples, how each is cut, and where its random crops lie."""
+
+    examples: list[Example]
+    recipe: Recipe
+    side_px: int
+    cuts: Cuts
+    places: Places | None
+    lines: tuple[str, ...] = ()
+    """What is to be said before the rest."""
+
+    @classmethod
+    def plan(cls, material: Material, recipe: Recipe, side_px: int, repeats: list[int]) -> Lessons:
+        """Plans every cut; `repeats` is how often each example counts in an epoch.
+
+        Raises: DataError where a cut leaves nothing of a mask; ConfigError where buckets do not fit the resolution.
+        """
+        cuts = replace(plan_cuts(material.examples, read_bucketing(recipe, side_px)), repeats=tuple(repeats))
+        return cls(material.examples, recipe, side_px, cuts, material.place(recipe, cuts))
+
+    @classmethod
+    def of_prior(cls, material: Material, recipe: Recipe, side_px: int, processes: int = 1) -> Lessons | None:
+        """The class pictures' lessons, where there are any."""
+        if material.prior is None:
+            return None
+        prior = material.prior
+        repeats = [e.repeats for e in prior.examples]
+        lessons = cls.plan(prior, class_recipe(recipe), side_px, repeats)
+        return replace(lessons, lines=tuple(describe_prior(prior.folder, prior.examples, recipe, processes)))
+
+    def encode(self, base: Base, cache: Path | None, say: Callable[[str], None], processes: Processes) -> Encoded:
+        """Encodes the examples as the recipe shows them, saying first what becomes of pictures and captions.
+
+        Each process encodes all of it for itself: any picture may fall to it, and the machines need not share a disk.
+        With a cache one of each machine goes first, and the others find what it made.
+        """
+        recipe = self.recipe
+        wordings = list_wordings([e.caption for e in self.examples], recipe)
+        lines = list(self.lines) + self.cuts.describe(recipe.images_per_step * processes.count) + describe_crops(recipe)
+        for line in lines + describe_wordings(wordings, recipe):
+            say(line)
+        encode = partial(
+            encode_folder,
+            base,
+            self.examples,
+            resolution_px=self.side_px,
+            sizes=[cut.size for cut in self.cuts.cuts],
+            wordings=wordings,
+            places=self.places,
+            flip=recipe.flip,
+            text=not recipe.text_encoder,
+            chunks=recipe.max_chunks,
+            clip_skip=recipe.clip_skip,
+            store=Store(cache) if cache else None,
+        )
+        return processes.in_turn(encode) if cache else encode()
