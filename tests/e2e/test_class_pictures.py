@@ -148,15 +148,17 @@ def test_run_with_class_pictures_resumes_and_a_changed_folder_is_refused(tmp_pat
 @pytest.mark.slow
 def test_class_pictures_keep_the_base_nearer_to_itself(tmp_path):
     base = load_base("mini", precision="bf16")  # a random base's own pictures would be nothing to keep
-    data, classes = tmp_path / "data", tmp_path / "class"
-    data.mkdir()
-    classes.mkdir()
-    for i, picture in enumerate(sample(base, ["a cat"] * 4, seeds=[1, 2, 3, 4], steps=8, width_px=64, height_px=64)):
-        picture.save(classes / f"{i}.png")
-        (classes / f"{i}.txt").write_text("a cat")
+    data, classes, unseen = (tmp_path / name for name in ("data", "class", "unseen"))
+    for folder in (data, classes, unseen):
+        folder.mkdir()
+    drawn = sample(base, ["a cat"] * 8, seeds=list(range(1, 9)), steps=8, width_px=64, height_px=64)
+    for i in range(4):
+        for folder, picture in ((classes, drawn[i]), (unseen, drawn[4 + i])):
+            picture.save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text("a cat")
         Image.new("RGB", (64, 64), (200 + 10 * i, 20, 30)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text("a cat")
-    encoded = encode(base, classes)
+    encoded = encode(base, unseen)  # its answer to the prompt, not to four pictures of it
     times = torch.tensor([200, 400, 600, 800])
     noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     alpha_bar = base.alphas_cumprod[times].float().view(4, 1, 1, 1)
@@ -168,14 +170,14 @@ def test_class_pictures_keep_the_base_nearer_to_itself(tmp_path):
 
     before, drift = answer(), {}
     recipe = change(
-        precision="bf16", steps=20, batch_size=4, rank=8, learning_rate=2e-3, resolution=64, checkpoint_every=0
+        precision="bf16", steps=40, batch_size=4, rank=8, learning_rate=2e-3, resolution=64, checkpoint_every=0
     )
     for name, folder in (("without", ""), ("with", str(classes))):
         out = tmp_path / f"{name}.safetensors"
         learnt = train_adapter(data, base, dataclasses.replace(recipe, class_data=folder), out)
         drift[name] = float((answer(learnt) - before).square().mean())
     print("mean squared drift of the answer to the class prompt:", drift)
-    assert drift["with"] < 0.7 * drift["without"], drift
+    assert drift["with"] < 0.85 * drift["without"], drift
 
 
 def test_problems_of_the_class_folder_are_listed_with_the_rest(tmp_path, monkeypatch, capsys):
