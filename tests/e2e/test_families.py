@@ -19,7 +19,7 @@ from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.generating.generate import generate
-from sdlora.training import loop, step
+from sdlora.training import lessons, step
 from sdlora.training.loop import train_adapter
 from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
@@ -145,7 +145,7 @@ def test_long_captions_train_in_several_chunks(folder, tmp_path, capsys):
 
 
 def test_too_much_clip_skip_is_refused_before_anything_is_encoded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "encode_folder", lambda *a, **k: pytest.fail("encoded"))
+    monkeypatch.setattr(lessons, "encode_folder", lambda *a, **k: pytest.fail("encoded"))
     with pytest.raises(ConfigError, match="clip_skip = 2 is out of range for tiny; give 0 to 1"):
         train_adapter(folder, make_tiny_sdxl_base(), change(clip_skip=2), tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []

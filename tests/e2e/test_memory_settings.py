@@ -17,7 +17,7 @@ from sdlora.adapter.file import read_adapter, write_adapter
 from sdlora.adapter.quantised import QuantisedLinear
 from sdlora.config import Recipe
 from sdlora.errors import ConfigError, RunError
-from sdlora.training import loop, step
+from sdlora.training import lessons, loop, step
 from sdlora.training.loop import run_training, train_adapter
 from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
@@ -110,7 +110,7 @@ def test_a_quantised_base_trains_goes_on_to_the_bit_and_stays_as_it_was(
 def test_which_layers_are_quantised_while_training(folder, tmp_path, monkeypatch):
     """Those that a LoRA is on or may be on; a frozen text encoder encodes with its own weights."""
     seen = {}
-    fit, encode = loop.fit, loop.encode_folder
+    fit, encode = loop.fit, lessons.encode_folder
 
     def look(base):
         return {
@@ -119,7 +119,7 @@ def test_which_layers_are_quantised_while_training(folder, tmp_path, monkeypatch
         }
 
     monkeypatch.setattr(
-        loop, "encode_folder", lambda base, *a, **k: seen.update(cached=look(base)) or encode(base, *a, **k)
+        lessons, "encode_folder", lambda base, *a, **k: seen.update(cached=look(base)) or encode(base, *a, **k)
     )
     monkeypatch.setattr(loop, "fit", lambda base, *a: seen.update(fit=look(base)) or fit(base, *a))
     for text_encoder in (False, True):

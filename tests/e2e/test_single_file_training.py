@@ -143,7 +143,7 @@ def test_a_changed_folder_is_found_before_it_is_encoded(bases, tmp_path, capsys,
     assert train(own, file, out, "--no-cache") == 0
     written = out.read_bytes()
     (own / "0.txt").write_text("another caption")
-    monkeypatch.setattr("sdlora.training.loop.encode_folder", lambda *a, **k: pytest.fail("encoded"))
+    monkeypatch.setattr("sdlora.training.lessons.encode_folder", lambda *a, **k: pytest.fail("encoded"))
     capsys.readouterr()
     assert train(own, file, out, "--no-cache") == 2
     error = capsys.readouterr().err.splitlines()[-1]
