@@ -2,69 +2,153 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
-from ..adapter.delta import Adapter, Card, Delta, LowRank
+import torch
+
+from ..adapter.delta import Adapter, Card, Delta, Dora, LowRank, shape_of
 from ..errors import AdapterFileError, ConfigError
+from .layer import Layer
+from .methods.method import DenseFilling, Filling, Method
 from .plan import Member, Plan, Stacked
 
 
-def combine(adapters: Stacked) -> Adapter:
-    """One adapter whose ΔW is Σ weight · ΔW; a module's rank is the sum of the ranks, and its alpha that rank.
+@dataclass
+class Cost:
+    """What a truncation loses of each block's ΔW, as energies ‖·‖² (Frobenius)."""
 
-    Each term's weight · alpha / rank goes into `up`, signs too, so nothing is squared or crossed.
+    lost: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
 
-    Raises: ConfigError where nothing is left to combine; AdapterFileError where the adapters do not go together.
+    def add(self, path: str, lost: float, whole: float) -> None:
+        for block in (name_block(path), "all"):
+            self.lost[block] = self.lost.get(block, 0.0) + lost
+            self.whole[block] = self.whole.get(block, 0.0) + whole
+
+    @property
+    def errors(self) -> Mapping[str, float]:
+        """Block -> ‖ΔW - truncated‖ / ‖ΔW‖, and `all`."""
+        return {block: (self.lost[block] / whole) ** 0.5 if whole else 0.0 for block, whole in self.whole.items()}
+
+
+def combine(
+    adapters: Stacked, method: str | Method = "linear", rank: int | None = None, cost: Cost | None = None
+) -> Adapter:
+    """One adapter with the ΔW of a static plan; a module's rank is the sum of the ranks, and its alpha that rank.
+
+    Each term's weight · alpha / rank goes into `up`, signs too, so nothing is squared or crossed. With `rank`, each
+    module's ΔW is truncated to that many singular values at most, and `cost` is told what that loses.
+
+    Raises: ConfigError where nothing is left to combine, or the method gives no ΔW that a file can hold;
+    AdapterFileError where the adapters do not go together.
     """
-    plan = Plan.of(adapters)
+    plan = Plan.of(adapters, method=method)
     if not plan.members:
         raise ConfigError("no LoRA to combine; give at least one")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank {rank} is out of range; give 1 or more")
+    if not plan.is_static:
+        raise ConfigError(
+            f"method {plan.method.name}, schedules and masks change over the picture, so no file can hold them; "
+            f"use them when generating (generate --combine {plan.method.name})"
+        )
     families = sorted({m.adapter.card.family for m in plan.members} - {""})
     if len(families) > 1:
         raise AdapterFileError(f"LoRAs of several families do not combine: {', '.join(families)}; combine those of one")
-    deltas: dict[str, Delta] = {}
-    for path in plan.paths:
-        acting = [m for m in plan.members if path in m.adapter.deltas and m.weight_of(path) != 0]
-        deltas[path] = _concatenate(path, acting)
+    filling = plan.method.prepare(())
+    if isinstance(filling, DenseFilling) and rank is None:
+        raise ConfigError(f"method {plan.method.name} gives no low-rank sum; say how many ranks to keep (--rank 32)")
+    deltas = {path: _combine_module(plan, filling, path, rank, cost) for path in plan.paths}
     if not deltas:
         raise ConfigError("every weight is 0, so there is nothing to combine; give a weight that is not 0")
-    return Adapter(deltas, _combine_cards(plan.members))
+    return Adapter(deltas, _combine_cards(plan))
 
 
-def _concatenate(path: str, acting: list[Member]) -> LowRank:
-    downs: list[Tensor] = []
-    ups: list[Tensor] = []
+def _combine_module(
+    plan: Plan, filling: Filling | DenseFilling, path: str, rank: int | None, cost: Cost | None
+) -> Delta:
+    members = plan.by_place
+    acting = [m for m in plan.members if path in m.adapter.deltas and m.weight_of(path) != 0]
+    shapes = {shape_of(m.adapter.deltas[path]): m for m in acting}
+    if len(shapes) > 1:
+        first, other, *_ = shapes.values()
+        raise AdapterFileError(
+            f"{other.name}: {path} has another shape than in {first.name}; combine those of one base"
+        )
     for member in acting:
-        delta = member.adapter.deltas[path]
-        if not isinstance(delta, LowRank):
-            kind = type(delta).__name__
+        if isinstance(member.adapter.deltas[path], Dora):
             raise AdapterFileError(
-                f"{member.name}: {path} is {kind}, which has no exact sum of ranks; leave that file out"
+                f"{member.name}: {path} is Dora, which has no exact sum of ranks without its base; leave that file out"
             )
-        down, up = delta.down.detach().float(), delta.up.detach()
-        if downs and (down.shape[1:] != downs[0].shape[1:] or up.shape[0] != ups[0].shape[0]):
-            raise AdapterFileError(
-                f"{member.name}: {path} has another shape than in {acting[0].name}; combine those of one base"
-            )
-        downs.append(down)
-        # rounded once: the factor and the product are float64
-        ups.append((up.reshape(up.shape[0], -1).double() * (member.weight_of(path) * delta.scale)).float())
-    down, up = torch.cat(downs), torch.cat(ups, dim=1)  # [R, in, ...], [out, R]
-    return LowRank(down, up.reshape(*up.shape, *[1] * (down.dim() - 2)), alpha=float(len(down)))
+    layer = plan.layer(path)
+    gains = [members[place].weight_of(path) for place in layer.places]
+    (shape,) = shapes
+    if isinstance(filling, DenseFilling):
+        return _truncate_dense(path, filling.delta(layer, gains), shape, cast(int, rank), cost)
+    m = cast(Filling, filling).middle(layer, gains, None)
+    up = layer.up * m if m.dim() == 1 else layer.up @ m  # [out, R]
+    if rank is None or rank >= layer.down.shape[0]:
+        if cost is not None:
+            cost.add(path, 0.0, float(((up.T @ up) * (layer.down @ layer.down.T)).sum()))
+        return _pair(layer.down, up, shape)
+    return _truncate(path, layer, up, shape, rank, cost)
 
 
-def _combine_cards(members: tuple[Member, ...]) -> Card:
+def _pair(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> LowRank:
+    """float64 factors, rounded once to float32."""
+    rank = len(down)
+    return LowRank(
+        down.float().reshape(rank, *shape[1:]), up.float().reshape(-1, rank, *[1] * (len(shape) - 2)), alpha=float(rank)
+    )
+
+
+def _truncate(
+    path: str, layer: Layer, up: torch.Tensor, shape: tuple[int, ...], rank: int, cost: Cost | None
+) -> LowRank:
+    """The best pair of that rank for up · down, from the QR factors of both: no dense ΔW is made."""
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(layer.down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    if cost is not None:
+        cost.add(path, float((s[rank:] ** 2).sum()), float((s**2).sum()))
+    root = s[:rank].sqrt()
+    return _pair((root[:, None] * vh[:rank]) @ q_down.T, q_up @ (u[:, :rank] * root), shape)
+
+
+def _truncate_dense(path: str, delta: torch.Tensor, shape: tuple[int, ...], rank: int, cost: Cost | None) -> LowRank:
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    if cost is not None:
+        cost.add(path, float((s[rank:] ** 2).sum()), float((s**2).sum()))
+    root = s[:rank].sqrt()
+    return _pair(root[:, None] * vh[:rank], u[:, :rank] * root, shape)
+
+
+def name_block(path: str) -> str:
+    """The block of a module path as people name it: `down.1`, `mid`, `up.0`, `text_encoder`."""
+    part, _, rest = path.partition(".")
+    if part != "unet":
+        return part
+    words = rest.split(".")
+    side = words[0].removesuffix("_blocks").removesuffix("_block")
+    return f"{side}.{words[1]}" if words[0].endswith("_blocks") and len(words) > 1 else side
+
+
+def _combine_cards(plan: Plan) -> Card:
+    members = plan.members
     cards = [m.adapter.card for m in members]
 
     def join(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(v for v in values if v))
 
-    settings = {
-        "combined": [
-            {"trigger": m.adapter.card.trigger, "weight": m.weight, "text_encoder_weight": m.te_weight} for m in members
-        ]
-    }
+    def row(member: Member) -> dict[str, object]:
+        te_weight = member.weight if member.te_weight is None else member.te_weight
+        return {"trigger": member.adapter.card.trigger, "weight": member.weight, "text_encoder_weight": te_weight}
+
+    settings: dict[str, object] = {"combined": [row(member) for member in members]}
+    if plan.method.name != "linear":
+        settings["method"] = str(plan.method)
     return Card(
         family=join([c.family for c in cards]),
         base=join([c.base for c in cards]),
