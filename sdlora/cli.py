@@ -29,6 +29,10 @@ _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _BASE = "mini, a diffusers folder, a .safetensors checkpoint, or a hub id (default: mini)"
+_METHOD = (
+    "how the LoRAs act together: linear (default), np, klora, est, switch, composite, ties or dare, with options as in "
+    "np:mu=1; the first LoRA is the style, the second the subject"
+)
 _LORA = "LoRA file with its weight (default 1) and, after it, another weight for the text encoder's part"
 
 
@@ -354,6 +358,7 @@ def add_generate(parser: Parser) -> None:
     )
     add("--lora", metavar="FILE[:W[:TE]]", action="append", default=[], help=f"{_LORA}; may be given several times")
     add("--lora-dir", metavar="DIR", type=Path, help="folder of the LoRAs that the prompt names")
+    add("--combine", metavar="METHOD", default="linear", help=_METHOD)
     add("--base", default="mini", help=_BASE)
     kinds = ("auto", "epsilon", "v")
     add("--prediction", default="auto", metavar="|".join(kinds), choices=kinds, help="what the base predicts")
@@ -377,10 +382,12 @@ def run_generate(args: Namespace) -> int:
     check_files([spec.file for spec in loras])
     check_folder(args.out)
     from .bases.family import load_base
+    from .combining.methods import make_method
     from .generating.generate import generate_files
 
     names = ("negative", "seed", "images", "steps", "guidance", "clip_skip", "width", "height", "lora_dir", "out")
     options = {name: getattr(args, name) for name in names}
+    options["method"] = make_method(args.combine)
     stack = [(spec.file, spec.weight, spec.te_weight) for spec in loras]
     base = load_base(
         args.base,
@@ -422,6 +429,18 @@ def add_combine(parser: Parser) -> None:
     parser.add_argument("loras", metavar="FILE[:W[:TE]]", nargs="+", help=_LORA)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
     parser.add_argument(
+        "--method",
+        metavar="METHOD",
+        default="linear",
+        help="linear (default), np, ties or dare, with options as in np:mu=1; the first LoRA is the style",
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="R",
+        type=read_whole_number,
+        help="ranks to keep of each module, by SVD; prints what that loses (default: all, exact)",
+    )
+    parser.add_argument(
         "--format",
         default="kohya",
         metavar="|".join(_FORMATS),
@@ -435,10 +454,16 @@ def run_combine(args: Namespace) -> int:
     check_files([spec.file for spec in loras])
     check_output(args.out, [spec.file for spec in loras])
     from .adapter.file import read_adapter, write_adapter
-    from .combining.stack import combine
+    from .combining.methods import make_method
+    from .combining.stack import Cost, combine
 
-    both = combine([(read_adapter(spec.file), spec.weight, spec.te_weight) for spec in loras])
+    method, cost = make_method(args.method), Cost()
+    stack = [(read_adapter(spec.file), spec.weight, spec.te_weight) for spec in loras]
+    both = combine(stack, method, args.rank, cost)
     write_adapter(both, args.out, format=args.format)
+    if args.rank is not None:
+        for line in cost.lines():
+            say(line)
     print(show_name(args.out))
     return 0
 

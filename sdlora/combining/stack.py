@@ -11,6 +11,7 @@ import torch
 from ..adapter.delta import Adapter, Card, Delta, Dora, LowRank, shape_of
 from ..errors import AdapterFileError, ConfigError
 from .layer import Layer
+from .methods import describe_method
 from .methods.method import DenseFilling, Filling, Method
 from .plan import Member, Plan, Stacked
 
@@ -31,6 +32,11 @@ class Cost:
     def errors(self) -> Mapping[str, float]:
         """Block -> ‖ΔW - truncated‖ / ‖ΔW‖, and `all`."""
         return {block: (self.lost[block] / whole) ** 0.5 if whole else 0.0 for block, whole in self.whole.items()}
+
+    def lines(self) -> list[str]:
+        """A line for each block and one for all: what share of ΔW's norm is lost."""
+        rows = sorted(self.errors.items(), key=lambda row: (row[0] == "all", row[0]))
+        return [f"{block:16} relative error {error:.2%}" for block, error in rows]
 
 
 def combine(
@@ -148,7 +154,7 @@ def _combine_cards(plan: Plan) -> Card:
 
     settings: dict[str, object] = {"combined": [row(member) for member in members]}
     if plan.method.name != "linear":
-        settings["method"] = str(plan.method)
+        settings["method"] = describe_method(plan.method)
     return Card(
         family=join([c.family for c in cards]),
         base=join([c.base for c in cards]),

@@ -16,6 +16,7 @@ from ..adapter.delta import Adapter
 from ..bases.emphasis import parse_emphasis
 from ..bases.family import Base
 from ..bases.sampling import BATCH_PICTURES, SAMPLERS, Progress, check_request, sample
+from ..combining.methods import Method, describe_method
 from ..combining.plan import Plan, Stacked
 from ..errors import ConfigError
 from .infotext import Tag, format_infotext, parse_prompt
@@ -40,21 +41,22 @@ def generate(
     clip_skip: int = 0,
     batch_size: int = BATCH_PICTURES,
     names: Sequence[str] | None = None,
+    method: str | Method = "linear",
     progress: Progress | None = None,
 ) -> list[Image.Image]:
     """Pictures of the seeds seed, seed + 1, …; each depends on its own seed only. Sizes in pixels, None is the base's.
 
-    `names` is what messages call the adapters.
+    `names` is what messages call the adapters; `method` is how they act together (`combining.methods.make_method`).
 
     Raises: ConfigError where a value is out of range; AdapterFileError where an adapter does not fit the base.
     """
     seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
     check_prompts(base, prompt, negative, clip_skip)
-    plan = Plan.of(adapters, names)
+    plan = Plan.of(adapters, names, method)
     _tell(plan.check(base))
-    with plan.applied(base):
+    with plan.applied(base, steps) as stacked:
         return sample(
-            base,
+            stacked,
             [prompt] * images,
             seeds=seeds,
             negative=negative,
@@ -101,6 +103,7 @@ def generate_files(
     sampler: str = "dpm++",
     clip_skip: int = 0,
     batch_size: int = BATCH_PICTURES,
+    method: str | Method = "linear",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Writes the pictures as `out`/00000.png, … (the next free numbers), each with its `parameters` text.
@@ -116,17 +119,19 @@ def generate_files(
     check_prompts(base, plain, negative, clip_skip)
     named = [(find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
     used = [_read_lora(*row) for row in [*loras, *named]]
-    plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used])
+    plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used], method)
     _tell(plan.check(base))
     make_folder(Path(out))
     text = " ".join([plain, *(u.tag for u in used)]).strip()
     settings: dict[str, object] = {"Steps": steps, "Sampler": SAMPLERS[sampler], "CFG scale": f"{guidance:g}"}
     if clip_skip:
         settings["Clip skip"] = clip_skip + 1  # others count the last layer as 1
+    if plan.method.name != "linear":
+        settings["Combine"] = describe_method(plan.method)
     rows: list[dict[str, Any]] = []
-    with plan.applied(base):
+    with plan.applied(base, steps) as stacked:
         for one, picture, seconds in _sample_batches(
-            base,
+            stacked,
             plain,
             seeds,
             batch_size,

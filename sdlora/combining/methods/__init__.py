@@ -19,7 +19,19 @@ METHODS: dict[str, type[Any]] = {
     kind.name: kind for kind in (Linear, NpLora, KLora, EstLora, Switch, Composite, Ties, Dare)
 }
 
-__all__ = ["METHODS", "Method", "Moment", "make_method"]
+__all__ = ["METHODS", "Method", "Moment", "describe_method", "make_method"]
+
+
+def describe_method(method: Method) -> str:
+    """A method as `make_method` reads it, every option said: `np:mu=0.5`."""
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    options = ",".join(f"{field.name}={getattr(method, field.name):g}" for field in fields)
+    return f"{method.name}:{options}" if options else method.name
+
+
+def list_methods() -> list[str]:
+    """A line for each method: its name and what it does."""
+    return [f"{name:10}{kind.summary}" for name, kind in METHODS.items()]
 
 
 def make_method(text: str = "linear") -> Method:
