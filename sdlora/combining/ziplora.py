@@ -51,9 +51,9 @@ def zip_loras(
 ) -> Adapter:
     """One adapter ΔW = ΔW_s diag(m_s) + ΔW_c diag(m_c) that draws each prompt as its own adapter does.
 
-    A column mask m for every layer and adapter, from 1 on, learns to keep both predictions on pictures that each adapter
-    draws alone, while Σ|m_c · m_s| keeps the masks out of each other's way. A layer that one has, and the text encoder's,
-    are the weighted sum. Ranks add up.
+    A column mask m for every layer and adapter, from 1 on, learns to keep both predictions on pictures that each
+    adapter draws alone, while Σ|m_c · m_s| keeps the masks out of each other's way. A layer that one has, and the text
+    encoder's, are the weighted sum. Ranks add up.
 
     Raises: ConfigError for a prompt or a number that cannot be used; AdapterFileError where a layer is not low rank.
     Source: Shah et al. 2024, ZipLoRA (ECCV), equations 3 to 5: 100 steps at 0.01, a penalty of 0.01.
@@ -200,7 +200,7 @@ class _Masks:
 
 
 def _factors_of(base: Base, member: Member, path: str) -> tuple[Tensor, Tensor]:
-    """down [r, in] and up [out, r] in the base's dtype, weight and alpha folded in; empty where the adapter has none."""
+    """down [r, in] and up [out, r] in the base's dtype, weight and alpha folded in; empty where there are none."""
     empty = torch.zeros(0, 0, device=base.device)
     if path not in member.adapter.deltas or member.weight_of(path) == 0:
         return empty, empty
