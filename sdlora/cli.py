@@ -19,6 +19,7 @@ from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
+from .profiles import parse_stacked
 from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
 
@@ -29,6 +30,10 @@ _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _BASE = "mini, a diffusers folder, a .safetensors checkpoint, or a hub id (default: mini)"
+_PARTS = (
+    "after them how they vary: :blocks=down.1=0,mid=0.5 or a vector, :schedule=0@0,1@0.5 (value@t), :start=T, :stop=T, "
+    ":mask=FILE.png (docs/combining.md); may be given several times"
+)
 _METHOD = (
     "how the LoRAs act together: linear (default), np, klora, est, switch, composite, ties or dare, with options as in "
     "np:mu=1; the first LoRA is the style, the second the subject"
@@ -356,7 +361,7 @@ def add_generate(parser: Parser) -> None:
         metavar="PROMPT",
         help="what to draw; (word:1.2) stresses, <lora:name:weight> adds a LoRA of --lora-dir",
     )
-    add("--lora", metavar="FILE[:W[:TE]]", action="append", default=[], help=f"{_LORA}; may be given several times")
+    add("--lora", metavar="FILE[:W[:TE]]", action="append", default=[], help=f"{_LORA}; {_PARTS}")
     add("--lora-dir", metavar="DIR", type=Path, help="folder of the LoRAs that the prompt names")
     add("--combine", metavar="METHOD", default="linear", help=_METHOD)
     add("--base", default="mini", help=_BASE)
@@ -378,17 +383,18 @@ def add_generate(parser: Parser) -> None:
 
 
 def run_generate(args: Namespace) -> int:
-    loras = [parse_lora(text) for text in args.lora]
-    check_files([spec.file for spec in loras])
+    loras = [parse_stacked(text) for text in args.lora]
+    check_files([spec.file for spec in loras] + [spec.mask for spec in loras if spec.mask])
     check_folder(args.out)
     from .bases.family import load_base
-    from .combining.methods import make_method
-    from .generating.generate import generate_files
+    from .generating.generate import draw_files
+    from .generating.stacking import check_stack, gather_stack
 
-    names = ("negative", "seed", "images", "steps", "guidance", "clip_skip", "width", "height", "lora_dir", "out")
+    stack = gather_stack(args.prompt, loras, args.lora_dir, args.combine)
+    size = (args.width, args.height) if args.width and args.height else None
+    check_stack(stack, args.base, args.prediction, size)
+    names = ("negative", "seed", "images", "steps", "guidance", "clip_skip", "width", "height", "out")
     options = {name: getattr(args, name) for name in names}
-    options["method"] = make_method(args.combine)
-    stack = [(spec.file, spec.weight, spec.te_weight) for spec in loras]
     base = load_base(
         args.base,
         device=args.device,
@@ -396,7 +402,7 @@ def run_generate(args: Namespace) -> int:
         prediction=args.prediction,
         zero_snr=args.zero_terminal_snr,
     )
-    rows = generate_files(base, args.prompt, stack, progress=show_steps(), **options)
+    rows = draw_files(base, args.prompt, stack, progress=show_steps(), **options)
     if args.json:
         print_json(rows)
     else:

@@ -17,11 +17,11 @@ from ..adapter import keys
 from ..adapter.delta import Adapter, Delta, Dora, shape_of, weight_on
 from ..bases.family import Base
 from ..errors import AdapterFileError, ConfigError
+from ..profiles import Profile
 from .layer import Layer, factorize
 from .methods import make_method
 from .methods.linear import Linear
 from .methods.method import DenseFilling, Filling, Method, Moment
-from .profile import Profile
 from .running import Score, running
 
 
@@ -111,8 +111,11 @@ class Plan:
     def check(self, base: Base) -> list[str]:
         """Checks that every adapter fits the base; gives a line for each whose modules are partly left out.
 
-        Raises: AdapterFileError where an adapter was made for another base.
+        Raises: AdapterFileError where an adapter was made for another base; ConfigError where block weights were.
         """
+        for member in self.members:
+            if member.profile is not None and member.profile.blocks is not None:
+                member.profile.blocks.check_family(base.family.name, member.name)
         return [line for member in self.members for line in _check_member(member, base)]
 
     @property

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..adapter.delta import Adapter
 from ..bases.emphasis import parse_emphasis
 from ..bases.family import Base
 from ..bases.sampling import BATCH_PICTURES, SAMPLERS, Progress, check_request, sample
 from ..combining.methods import Method, describe_method
 from ..combining.plan import Plan, Stacked
 from ..errors import ConfigError
-from .infotext import Tag, format_infotext, parse_prompt
+from ..profiles import StackSpec
+from .infotext import format_infotext
 from .png import make_folder, write_next_png
+from .stacking import Lora, Stack, gather_stack
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,21 +70,6 @@ def generate(
         )
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file in use: read, hashed, with its weights."""
-
-    path: Path
-    adapter: Adapter
-    weight: float
-    te_weight: float
-    sha256: str
-
-    @property
-    def tag(self) -> str:
-        return str(Tag(self.path.stem, self.weight, self.te_weight))
-
-
 def generate_files(
     base: Base,
     prompt: str,
@@ -93,6 +77,26 @@ def generate_files(
     *,
     out: Path,
     lora_dir: Path | None = None,
+    method: str | Method = "linear",
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`draw_files` with LoRAs as (file, weight, text encoder's weight); `<lora:name:weight>` in the prompt adds
+    name.safetensors of `lora_dir`.
+
+    Raises: ConfigError, AdapterFileError.
+    """
+    stack = gather_stack(
+        prompt, [StackSpec(Path(file), weight, te_weight) for file, weight, te_weight in loras], lora_dir, method
+    )
+    return draw_files(base, prompt, stack, out=out, **options)
+
+
+def draw_files(
+    base: Base,
+    prompt: str,
+    stack: Stack,
+    *,
+    out: Path,
     negative: str = "",
     seed: int = 0,
     images: int = 1,
@@ -103,23 +107,19 @@ def generate_files(
     sampler: str = "dpm++",
     clip_skip: int = 0,
     batch_size: int = BATCH_PICTURES,
-    method: str | Method = "linear",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Writes the pictures as `out`/00000.png, … (the next free numbers), each with its `parameters` text.
 
-    `loras` are (file, weight, text encoder's weight); `<lora:name:weight>` in the prompt adds name.safetensors of
-    `lora_dir`. Returns `[{file, seed, prompt, loras: [{file, weight, sha256}], seconds}]`. Everything is checked before
-    the first byte is written.
+    Returns `[{file, seed, prompt, loras: [{file, weight, sha256}], seconds}]`; `prompt` is as it was written.
+    Everything is checked before the first byte is written.
 
     Raises: ConfigError, AdapterFileError.
     """
-    plain, tags = parse_prompt(prompt)
+    plain, used, plan = stack.prompt, stack.loras, stack.plan
     seeds = _check(base, seed, images, steps, guidance, width, height, sampler, batch_size)
     check_prompts(base, plain, negative, clip_skip)
-    named = [(find_lora(tag.name, lora_dir), tag.weight, tag.te_weight) for tag in tags]
-    used = [_read_lora(*row) for row in [*loras, *named]]
-    plan = Plan.of([(u.adapter, u.weight, u.te_weight) for u in used], [str(u.path) for u in used], method)
+    stack.check_masks(width or base.resolution_px, height or base.resolution_px)
     _tell(plan.check(base))
     make_folder(Path(out))
     text = " ".join([plain, *(u.tag for u in used)]).strip()
@@ -148,8 +148,8 @@ def generate_files(
         ):
             own = settings | {"Seed": one, "Size": f"{picture.width}x{picture.height}"} | _hashes(base, used)
             path = write_next_png(picture, Path(out), format_infotext(text, negative, own))
-            stack = [{"file": str(u.path), "weight": u.weight, "sha256": u.sha256} for u in used]
-            rows.append({"file": str(path), "seed": one, "prompt": prompt, "loras": stack, "seconds": seconds})
+            acting = [{"file": str(u.path), "weight": u.weight, "sha256": u.sha256} for u in used]
+            rows.append({"file": str(path), "seed": one, "prompt": prompt, "loras": acting, "seconds": seconds})
     return rows
 
 
@@ -212,30 +212,7 @@ def _tell(lines: list[str]) -> None:
         _LOG.warning("warning: %s", line)
 
 
-def find_lora(name: str, folder: Path | None) -> Path:
-    """name.safetensors of the folder.
-
-    Raises: ConfigError that lists the nearest names.
-    """
-    if folder is None:
-        raise ConfigError(f"<lora:{name}>: no folder to find it in; give --lora-dir DIR, or --lora FILE")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; give --lora-dir an existing one")
-    there = {p.stem: p for p in sorted(folder.glob("*.safetensors"))}
-    if name in there:
-        return there[name]
-    near = difflib.get_close_matches(name, there, n=3, cutoff=0.4) or sorted(there)[:3]
-    hint = f"nearest: {', '.join(near)}" if near else "there is no .safetensors file in it"
-    raise ConfigError(f"<lora:{name}>: {folder} has no {name}.safetensors; {hint}")
-
-
-def _read_lora(path: Path, weight: float, te_weight: float) -> Lora:
-    from ..adapter.file import file_sha256, read_adapter
-
-    return Lora(Path(path), read_adapter(path), weight, te_weight, file_sha256(path))
-
-
-def _hashes(base: Base, used: list[Lora]) -> dict[str, object]:
+def _hashes(base: Base, used: Sequence[Lora]) -> dict[str, object]:
     from .. import __version__
 
     found: dict[str, object] = {}

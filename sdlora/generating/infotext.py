@@ -7,8 +7,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
+from ..profiles import Profile, parse_profile, split_parts
 
 _TAG = re.compile(r"<lora:([^:>]*)(?::([^>]*))?>")
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -17,16 +19,22 @@ _NEGATIVE = "Negative prompt:"
 
 @dataclass(frozen=True)
 class Tag:
-    """`<lora:name:weight>`, or `<lora:name:te_weight:weight>` where the text encoder has a weight of its own."""
+    """`<lora:name:weight>`, or `<lora:name:te_weight:weight>` where the text encoder has a weight of its own.
+
+    After the weights stands how they vary: `<lora:name:0.8:lbw=…:start=…:stop=…>`, as in `profiles.parse_stacked`.
+    """
 
     name: str
     weight: float = 1.0
     te_weight: float = 1.0
+    profile: Profile | None = None
+    mask: Path | None = None
 
     def __str__(self) -> str:
-        if self.te_weight == self.weight:
-            return f"<lora:{self.name}:{self.weight:.10g}>"
-        return f"<lora:{self.name}:{self.te_weight:.10g}:{self.weight:.10g}>"
+        te_weight = [] if self.te_weight == self.weight else [f"{self.te_weight:.10g}"]
+        more = [] if self.profile is None else [part.replace("blocks=", "lbw=", 1) for part in self.profile.parts()]
+        more += [] if self.mask is None else [f"mask={self.mask.name}"]
+        return f"<lora:{':'.join([self.name, *te_weight, f'{self.weight:.10g}', *more])}>"
 
 
 def parse_prompt(prompt: str) -> tuple[str, list[Tag]]:
@@ -39,15 +47,30 @@ def parse_prompt(prompt: str) -> tuple[str, list[Tag]]:
     tags = []
     for match in _TAG.finditer(prompt):
         name, numbers = match.group(1).strip(), match.group(2)
+        plain, more = _split(numbers or "")
         try:
-            values = [1.0] if numbers is None else [float(n) for n in numbers.split(":")]
+            values = [float(n) for n in plain.split(":")] if plain or (not more and numbers is not None) else [1.0]
         except ValueError:
             values = []
         if not name or not 1 <= len(values) <= 2 or not all(map(math.isfinite, values)):
             raise ConfigError(f"{match.group()}: not a LoRA tag; write <lora:name:weight>, such as <lora:ink:0.8>")
-        tags.append(Tag(name, values[-1], values[0]))
+        try:
+            parts = split_parts(more)
+            profile = parse_profile(parts)
+        except ConfigError as error:
+            raise ConfigError(f"{match.group()}: {error}") from None
+        tags.append(Tag(name, values[-1], values[0], profile, Path(parts["mask"]) if "mask" in parts else None))
     plain = _TAG.sub("", prompt)
     return (" ".join(plain.split()) if tags else plain), tags
+
+
+def _split(text: str) -> tuple[str, str]:
+    """What stands before the first `key=`, and the rest with a colon before it."""
+    first = re.search(r"(?:^|:)[a-z_]+=", text)
+    if first is None:
+        return text, ""
+    rest = text[first.start() :]
+    return text[: first.start()], rest if rest.startswith(":") else f":{rest}"
 
 
 def format_infotext(prompt: str, negative: str, settings: Mapping[str, object]) -> str:

@@ -14,6 +14,7 @@ FLOORS = (
     {"errors"},
     {"values", "limits"},
     {"targets"},
+    {"profiles"},
     {"agreement"},
     {"config"},
     {"adapter", "data"},
@@ -61,7 +62,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["sdlora", "sdlora.config", "sdlora.cli", "sdlora.data.folder", "sdlora.data.captions"]
+    "module", ["sdlora", "sdlora.profiles", "sdlora.config", "sdlora.cli", "sdlora.data.folder", "sdlora.data.captions"]
 )
 def test_fast_modules_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
