@@ -78,7 +78,8 @@ def test_positions_are_those_of_the_first_names(unet):
     widths = {position_of(p, "sd1-26"): m.weight.shape[0] for p, m in modules.items() if p.endswith("attn1.to_q")}
     assert widths == {
         "IN01": 320, "IN02": 320, "IN04": 640, "IN05": 640, "IN07": 1280, "IN08": 1280, "M00": 1280,
-        "OUT03": 1280, "OUT04": 1280, "OUT05": 1280, "OUT06": 640, "OUT07": 640, "OUT08": 640, "OUT09": 320, "OUT10": 320, "OUT11": 320,
+        "OUT03": 1280, "OUT04": 1280, "OUT05": 1280, "OUT06": 640, "OUT07": 640, "OUT08": 640,
+        "OUT09": 320, "OUT10": 320, "OUT11": 320,
     }  # fmt: skip
     assert position_of("unet.down_blocks.2.downsamplers.0.conv", "sd1-26") == "IN09"
     assert position_of("unet.up_blocks.1.upsamplers.0.conv", "sd1-26") == "OUT05"
