@@ -20,6 +20,7 @@ from sdlora.adapter.delta import Adapter
 from sdlora.bases.family import Base, load_base
 from sdlora.bases.mini.judge import Judge, load_judge
 from sdlora.bases.sampling import sample
+from sdlora.combining.methods import METHODS
 from sdlora.combining.plan import Plan, Stacked
 from sdlora.config import recipe_from_toml
 from sdlora.data.folder import scan_folder
@@ -40,9 +41,11 @@ def named(label: str) -> str:
     return ("an " if label[0] in "aeiou" else "a ") + label
 
 
-def draw(base: Base, prompts: list[str], seeds: list[int], stack: Stacked = ()) -> list[Image.Image]:
-    with Plan.of(stack).applied(base):
-        return sample(base, prompts, seeds=seeds, steps=STEPS, batch_size=16)
+def draw(
+    base: Base, prompts: list[str], seeds: list[int], stack: Stacked = (), method: str = "linear"
+) -> list[Image.Image]:
+    with Plan.of(stack, method=method).applied(base, STEPS) as stacked:
+        return sample(stacked, prompts, seeds=seeds, steps=STEPS, batch_size=16)
 
 
 def share(flags: list[bool]) -> float:
@@ -93,17 +96,21 @@ TRIGGERS_OF = {**TRIGGERS, "clay": "clay style"}
 
 
 def measure_stack(base: Base, judge: Judge, style: Adapter, subject: Adapter) -> list[dict[str, Any]]:
-    """For each pair of weights: pictures in which the judge sees ink, the cat, and both."""
+    """For each method and pair of weights: pictures in which the judge sees ink, the cat, and both."""
     prompts = [f"a {mood} mio cat, ink style" for mood in MOODS for _ in range(4)]
     seeds = list(range(21, 21 + len(prompts)))
-    pairs = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)] + [(a, b) for a in WEIGHTS for b in WEIGHTS]
+    grid = [(a, b) for a in WEIGHTS for b in WEIGHTS]
+    pairs = [("linear", a, b) for a, b in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), *grid]]
+    pairs += [("klora", a, b) for a, b in grid]
+    pairs += [(method, 1.0, 1.0) for method in METHODS if method not in ("linear", "klora")]
     rows = []
-    for a, b in pairs:
-        pictures = draw(base, prompts, seeds, [(style, a), (subject, b)])
+    for method, a, b in pairs:
+        pictures = draw(base, prompts, seeds, [(style, a), (subject, b)], method)
         ink = [s == "ink" for s in judge.style_of(pictures)]
         ranks = judge.rank_of(pictures, [CAT] * len(pictures))
         rows.append(
             {
+                "method": method,
                 "ink weight": a,
                 "cat weight": b,
                 "pictures": len(pictures),

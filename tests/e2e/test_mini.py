@@ -20,7 +20,7 @@ from sdlora.bases.family import Base, load_base
 from sdlora.bases.mini.judge import Judge, load_judge
 from sdlora.bases.sampling import make_noise, make_scheduler, sample
 from sdlora.combining.plan import Plan, Stacked
-from sdlora.demo import LESSONS
+from sdlora.demo import LESSONS, STACK_METHOD, STYLE_WEIGHT, SUBJECT_WEIGHT
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,9 +117,9 @@ def test_demo_stacks_style_and_subject(demo: Path, base: Base, judge: Judge) -> 
     prompts = [f"a {mood} mio cat, ink style" for mood in MOODS for _ in range(2)]
     seeds = list(range(41, 41 + len(prompts)))
 
-    def look(stack: Stacked) -> tuple[float, float, float]:
+    def look(stack: Stacked, method: str = "linear") -> tuple[float, float, float]:
         """Shares of pictures that show ink, the cat among the judge's first five, and both."""
-        pictures = draw(base, prompts, seeds, stack)
+        pictures = draw(base, prompts, seeds, stack, method)
         ink = [s == "ink" for s in judge.style_of(pictures)]
         cat = [r < 5 for r in judge.rank_of(pictures, [CAT] * len(pictures))]
         return share(ink), share(cat), share([i and c for i, c in zip(ink, cat, strict=True)])
@@ -128,7 +128,9 @@ def test_demo_stacks_style_and_subject(demo: Path, base: Base, judge: Judge) -> 
     assert look([])[1] <= 10
     assert look([(subject, 1.0)])[1] >= 75
     assert look([(style, 1.0)])[2] <= 10
-    assert look([(style, 1.0), (subject, 1.0)])[2] >= STACKED
+    both = look([(style, STYLE_WEIGHT), (subject, SUBJECT_WEIGHT)], STACK_METHOD)[2]
+    assert both >= STACKED
+    assert both >= look([(style, 1.0), (subject, 1.0)])[2]
 
 
 @pytest.mark.slow
