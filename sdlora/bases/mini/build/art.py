@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -86,9 +87,8 @@ class Art:
         self._names: dict[str, dict[str, str]] = {}
         self._chars: dict[str, dict[str, str]] = {}
         for art in PACKAGES:
-            icons = _read_json(modules / "@iconify-json" / art / "icons.json")
+            icons = read_icons(folder, art)
             chars = _read_json(modules / "@iconify-json" / art / "chars.json")
-            assert isinstance(icons, dict)
             assert isinstance(chars, dict)
             self._icons[art] = icons
             self._chars[art] = chars
@@ -128,25 +128,36 @@ class Art:
 
     def render_icon(self, drawing: Drawing, scale: int = 1) -> Image.Image:
         """The drawing with its margin, transparent around it: RGBA, 128 x 128 px times `scale`."""
-        import resvg_py
+        return render_svg(self._icons[drawing.art], drawing.icon, scale)
 
-        icons = self._icons[drawing.art]
-        row = icons["icons"][drawing.icon]
-        width = row.get("width", icons.get("width", 16))
-        height = row.get("height", icons.get("height", 16))
-        left, top = row.get("left", 0), row.get("top", 0)
-        icon_px = ICON_PX * scale
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="{icon_px}" height="{icon_px}" '
-            f'color="#000">{row["body"]}</svg>'
-        )
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=icon_px, height=icon_px))
-        icon = Image.open(io.BytesIO(png)).convert("RGBA")
-        side = SIZE_PX * scale
-        page = Image.new("RGBA", (side, side), (255, 255, 255, 0))
-        page.paste(icon, ((side - icon.width) // 2, (side - icon.height) // 2))
-        return page
+
+def read_icons(art_folder: Path, art: str) -> dict[str, Any]:
+    """A set's icons as its package has them: the drawings by name, other names, and their common size."""
+    icons = _read_json(Path(art_folder) / "node_modules" / "@iconify-json" / art / "icons.json")
+    assert isinstance(icons, dict)
+    return icons
+
+
+def render_svg(icons: dict[str, Any], name: str, scale: int = 1) -> Image.Image:
+    """One drawing of `read_icons` with its margin, transparent around it: RGBA, 128 x 128 px times `scale`."""
+    import resvg_py
+
+    row = icons["icons"][name]
+    width = row.get("width", icons.get("width", 16))
+    height = row.get("height", icons.get("height", 16))
+    left, top = row.get("left", 0), row.get("top", 0)
+    icon_px = ICON_PX * scale
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="{icon_px}" height="{icon_px}" '
+        f'color="#000">{row["body"]}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=icon_px, height=icon_px))
+    icon = Image.open(io.BytesIO(png)).convert("RGBA")
+    side = SIZE_PX * scale
+    page = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    page.paste(icon, ((side - icon.width) // 2, (side - icon.height) // 2))
+    return page
 
 
 def on_white(icon: Image.Image) -> Image.Image:
