@@ -1,7 +1,7 @@
 """Four styles and four subjects for `benchmarks.combining`, and the LoRAs that are taught them.
 
-`python -m benchmarks.combining_art --art ART --out DIR` renders the folders and trains the eight LoRAs, each in a process
-of its own; what is there already is taken as it is. ART holds the drawings:
+`python -m benchmarks.combining_art --art ART --out DIR` renders the folders and trains the eight LoRAs, each in a
+process of its own; what is there already is taken as it is. ART holds the drawings:
 
     npm install --prefix ART @iconify-json/{noto,emojione,fluent-emoji-flat,openmoji}
 
