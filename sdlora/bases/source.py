@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .family import Family
 
 MINI_FOLDER = Path(__file__).parent / "mini" / "weights"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _SMALL_FILES = (
     "model_index.json",
@@ -50,7 +50,7 @@ def resolve_source(name: str) -> tuple[Path, str, Family | None]:
         return path, path.stem, None
     if path.exists():
         raise BaseModelError(f"{name}: not a base; give mini, a diffusers folder, a .safetensors file or a hub id")
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise BaseModelError(f"{name}: there is no such folder; give mini, a diffusers folder or a hub id owner/name")
     return _find_on_hub(name), name, None
 
