@@ -29,7 +29,10 @@ _FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 class Features(Protocol):
     """Two readings of a picture, each a unit vector, so that a product of two is a cosine."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What messages and reports call it."""
+        ...
 
     def style(self, pictures: Sequence[Image.Image]) -> Tensor:
         """How they are drawn: float32 [B, D] on the CPU."""
