@@ -282,13 +282,22 @@ def write_table(result: dict[str, Any], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_pairs(loras: Path) -> list[Pair]:
-    def pictures(one: Style | Subject) -> list[Image.Image]:
-        return [read_picture(example.path) for example in scan_folder(folder_of(loras, one))]
+def read_pairs(loras: Path, names: Sequence[str] | None) -> list[Pair]:
+    """The pairs of these names, STYLE+SUBJECT, or all. Raises: ConfigError for a name that is none."""
+    pairs = {f"{s.name}+{c.name}": (s, c) for s in STYLES for c in SUBJECTS}
+    if unknown := set(names or ()) - set(pairs):
+        raise ConfigError(f"no pair is called {', '.join(sorted(unknown))}; there are {', '.join(pairs)}")
 
-    styles = [(one, read_adapter(lora_of(loras, one)), pictures(one)) for one in STYLES]
-    subjects = [(one, read_adapter(lora_of(loras, one)), pictures(one)) for one in SUBJECTS]
-    return [Pair(s[0], c[0], (s[1], c[1]), (s[2], c[2])) for s in styles for c in subjects]
+    @functools.cache
+    def read(one: Style | Subject) -> tuple[Adapter, list[Image.Image]]:
+        pictures = [read_picture(example.path) for example in scan_folder(folder_of(loras, one))]
+        return read_adapter(lora_of(loras, one)), pictures
+
+    found = []
+    for style, subject in (pairs[name] for name in names or pairs):
+        adapters, pictures = zip(read(style), read(subject), strict=True)
+        found.append(Pair(style, subject, adapters, pictures))
+    return found
 
 
 def main() -> None:
@@ -302,9 +311,7 @@ def main() -> None:
     args = parser.parse_args()
     known = TRIED | {"zip": TRIED_OF_ZIP}
     tried = {method: known[method][: 2 if args.quick else None] for method in dict.fromkeys(["linear", *args.methods])}
-    pairs = read_pairs(args.loras)
-    names = args.pairs or (["ink+cat", "clay+face"] if args.quick else [pair.name for pair in pairs])
-    pairs = [pair for pair in pairs if pair.name in names]
+    pairs = read_pairs(args.loras, args.pairs or (["ink+cat", "clay+face"] if args.quick else None))
     studio, began_s, found = Studio(args.work), time.perf_counter(), []
     for number, pair in enumerate(pairs):
         try:

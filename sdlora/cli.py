@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -20,8 +19,10 @@ from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
+from .screen import print_json, say, show_name, show_steps
 from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
+from .weighing import add_balance, add_grid, run_balance, run_grid
 
 if TYPE_CHECKING:
     from .data.buckets import Cuts
@@ -113,22 +114,6 @@ def overview() -> str:
             "sdlora VERB --help explains a verb; sdlora --version prints the version.",
         ]
     )
-
-
-def say(line: str) -> None:
-    """Prints exactly one line on stderr, whatever is in it."""
-    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
-    print(line, file=sys.stderr)
-
-
-def print_json(value: Any) -> None:
-    """Prints the one JSON document of a command."""
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def show_name(path: object) -> str:
-    """A path as stdout can always print it."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 # --- demo ---------------------------------------------------------------------------------------------------------
@@ -411,23 +396,6 @@ def run_generate(args: Namespace) -> int:
     return 0
 
 
-def show_steps() -> Callable[[int, int], None] | None:
-    """A bar of sampler steps on stderr, or nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    bar: tqdm[Any] = tqdm(desc="drawing", unit=" steps", file=sys.stderr, leave=False)
-
-    def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return report
-
-
 # --- LoRA files ---------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +481,8 @@ VERBS = {
     "check": Verb("finds all that training would trip over, before it starts", add_check, run_check),
     "train": Verb("teaches the base the pictures of a folder", add_train, run_train),
     "generate": Verb("draws pictures with any number of LoRAs", add_generate, run_generate),
+    "grid": Verb("draws two LoRAs at several weights each, labelled", add_grid, run_grid),
+    "balance": Verb("finds the weights at which a style and a subject both show", add_balance, run_balance),
     "combine": Verb("writes several LoRAs, weighted, as one exact file", add_combine, run_combine),
     "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
     "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),

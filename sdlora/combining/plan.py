@@ -53,6 +53,11 @@ class Member:
             return self.weight
         return self.weight * self.profile.schedule.at(t)
 
+    def scaled(self, factor: float) -> Member:
+        """It with its weights times a factor."""
+        te_weight = None if self.te_weight is None else self.te_weight * factor
+        return dataclasses.replace(self, weight=self.weight * factor, te_weight=te_weight)
+
     @property
     def is_static(self) -> bool:
         return self.mask is None and (self.profile is None or self.profile.static)

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..bases.family import Base
 from ..bases.folder import quiet
 from ..bases.mini.judge import Judge, load_judge
 from ..bases.source import HUB_ID
@@ -118,30 +117,28 @@ class TwoFeatures:
         return self.by_subject.subject(pictures)
 
 
-def check_features(base_name: str, clip: str | None, dino: str | None) -> None:
-    """Raises: ConfigError where a base other than mini has nothing to look at its pictures with."""
-    if base_name != "mini" and clip is None and dino is None:
+def check_features(family: str, clip: str | None, dino: str | None) -> None:
+    """Raises: ConfigError where a base of another family than mini has nothing to look at its pictures with."""
+    if family != "mini" and clip is None and dino is None:
         raise ConfigError(
-            f"base {base_name}: balance looks at pictures by CLIP and DINO; give --clip and --dino a folder or hub id, "
-            "such as openai/clip-vit-large-patch14 and facebook/dinov2-base"
+            f"a base of family {family} needs CLIP and DINO to look at its pictures; give --clip and --dino a folder "
+            "or hub id, such as openai/clip-vit-large-patch14 and facebook/dinov2-base"
         )
 
 
-def load_features(base: Base, clip: str | None = None, dino: str | None = None) -> Features:
+def load_features(
+    family: str, clip: str | None = None, dino: str | None = None, device: torch.device | str = "cpu"
+) -> Features:
     """CLIP for the style and DINO for the subject, or the one that is given for both; without either, mini's judge.
 
-    Raises: ConfigError where a model cannot be read, or the base is not mini and none is given.
+    Raises: ConfigError where a model cannot be read, or the base's family is not mini and none is given.
     """
-    check_features(base.family.name, clip, dino)
-    if clip is None and dino is None:
-        return JudgeFeatures()
-    by_clip = ClipFeatures(clip, base.device) if clip is not None else None
-    by_dino = DinoFeatures(dino, base.device) if dino is not None else None
+    check_features(family, clip, dino)
+    by_clip = None if clip is None else ClipFeatures(clip, device)
+    by_dino = None if dino is None else DinoFeatures(dino, device)
     if by_clip is not None and by_dino is not None:
         return TwoFeatures(by_clip, by_dino)
-    found = by_clip or by_dino
-    assert found is not None
-    return found
+    return by_clip or by_dino or JudgeFeatures()
 
 
 def _load(

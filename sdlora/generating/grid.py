@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..adapter.delta import Adapter
 from ..bases.family import Base
 from ..bases.sampling import Progress
+from ..combining.methods import Method
+from ..combining.plan import Member, Stacked
 from ..errors import ConfigError
 from .generate import generate
 
@@ -90,13 +93,14 @@ def wrap_text(text: str, width_px: int, width_of: Callable[[str], int]) -> str:
 def weight_grid(
     base: Base,
     prompt: str,
-    across: Adapter,
-    down: Adapter,
+    across: Adapter | Member,
+    down: Adapter | Member,
     *,
     names: tuple[str, str] = ("first", "second"),
     weights: Sequence[float] = GRID_WEIGHTS,
     weights_down: Sequence[float] | None = None,
-    others: Sequence[tuple[Adapter, float] | tuple[Adapter, float, float]] = (),
+    others: Stacked = (),
+    method: str | Method = "linear",
     seed: int = 0,
     steps: int = 20,
     guidance: float = 5.0,
@@ -108,11 +112,14 @@ def weight_grid(
 ) -> Image.Image:
     """One labelled sheet: the first LoRA's weight grows across, the second's down; every picture has the same seed.
 
-    Raises: as `generate`; ConfigError where a list of weights is empty.
+    The weights multiply a member's own, and the labels show the product; an adapter's own is 1. `others` act in every
+    picture with their own weights. Raises: as `generate`; ConfigError where a list of weights is empty.
     """
     columns, rows = list(weights), list(weights if weights_down is None else weights_down)
     if not columns or not rows:
         raise ConfigError("the list of weights is empty; give at least one, such as 0,0.5,1")
+    first_member = replace(across if isinstance(across, Member) else Member(across), name=names[0])
+    second_member = replace(down if isinstance(down, Member) else Member(down), name=names[1])
     total = len(columns) * len(rows)
     sheet: list[list[Image.Image]] = []
     for y, second in enumerate(rows):
@@ -127,8 +134,8 @@ def weight_grid(
             sheet[-1] += generate(
                 base,
                 prompt,
-                adapters=[(across, first), (down, second), *others],
-                names=[*names, *(f"LoRA {i + 3}" for i in range(len(others)))],
+                adapters=[first_member.scaled(first), second_member.scaled(second), *others],
+                method=method,
                 seed=seed,
                 steps=steps,
                 guidance=guidance,
@@ -137,5 +144,8 @@ def weight_grid(
                 height=height,
                 progress=report,
             )
-    labels = [[f"{name} {w:g}" for w in values] for name, values in zip(names, (columns, rows), strict=True)]
+    labels = [
+        [f"{member.name} {round(member.weight * weight, 6):g}" for weight in values]
+        for member, values in ((first_member, columns), (second_member, rows))
+    ]
     return labelled_sheet(sheet, labels[0], labels[1], prompt if title is None else title)

@@ -21,7 +21,9 @@ FLOORS = (
     {"bases"},
     {"training", "combining"},
     {"generating"},
+    {"screen"},
     {"python", "demo", "flags", "places"},
+    {"weighing"},
     {"cli"},
     {"__main__", "__init__"},
 )

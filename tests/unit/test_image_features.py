@@ -1,4 +1,4 @@
-"""Image features of the judge, CLIP and DINO, against the models called by hand; the last two tiny, of random weights."""
+"""Image features of the judge, CLIP and DINO, against the models called by hand; the last two are tiny and random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sdlora.generating.features import (
     TwoFeatures,
     load_features,
 )
-from tests.tiny import make_tiny_base
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -112,16 +111,15 @@ def test_judge_reads_style_and_subject_with_its_two_heads():
 
 
 def test_base_decides_what_looks_at_its_pictures(clip, dino):
-    mini = make_tiny_base()
-    assert isinstance(load_features(mini), JudgeFeatures)
-    both = load_features(mini, str(clip[0]), str(dino[0]))
+    assert isinstance(load_features("mini"), JudgeFeatures)
+    both = load_features("mini", str(clip[0]), str(dino[0]))
     assert isinstance(both, TwoFeatures)
     assert isinstance(both.by_style, ClipFeatures)
     assert isinstance(both.by_subject, DinoFeatures)
-    assert isinstance(load_features(mini, clip=str(clip[0])), ClipFeatures)
-    assert isinstance(load_features(mini, dino=str(dino[0])), DinoFeatures)
+    assert isinstance(load_features("mini", clip=str(clip[0])), ClipFeatures)
+    assert isinstance(load_features("mini", dino=str(dino[0])), DinoFeatures)
     with pytest.raises(ConfigError, match="give --clip and --dino a folder or hub id, such as openai"):
-        load_features(make_tiny_base(family="sd1"))
+        load_features("sd1")
 
 
 def test_what_cannot_be_read_is_one_line_that_names_the_flag(clip, dino, tmp_path):

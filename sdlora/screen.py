@@ -1,0 +1,72 @@
+"""What a command says: results on stdout, everything else on stderr; no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+_LINE_EVERY_S = 10.0
+
+
+def say(line: str) -> None:
+    """Prints exactly one line on stderr, whatever is in it."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
+    print(line, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Prints the one JSON document of a command."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show_name(path: object) -> str:
+    """A path as stdout can always print it."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def show_steps() -> Callable[[int, int], None] | None:
+    """A bar of sampler steps on stderr, or nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar: tqdm[Any] = tqdm(desc="drawing", unit=" steps", file=sys.stderr, leave=False)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return report
+
+
+class Countdown:
+    """Pictures done and time left on stderr: a bar on a terminal, else a plain line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._start_s = self._said_s = time.perf_counter()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc="drawing", unit=" pictures", file=sys.stderr, leave=False)
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_postfix_str(what, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now_s = time.perf_counter()
+        if now_s - self._said_s >= _LINE_EVERY_S:
+            self._said_s = now_s
+            left_s = round((total - done) * (now_s - self._start_s) / max(done, 1))
+            say(f"{done}/{total} pictures · {what} · about {left_s // 60}:{left_s % 60:02d} left")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
