@@ -82,6 +82,16 @@ def test_a_style_that_hides_the_subject_counts_for_it():
     assert 0.3 < float(seen.subject[1]) < 0.6  # the base's own reading, under a style that takes it away
 
 
+def test_a_floor_is_between_none_and_the_whole_leak():
+    """A picture with less of the subject than the base has no floor below 0, one with more than all of it no higher."""
+    recovery = make_recovery(style=(90, 30), subject=(20, 60))
+    u = cosine(45, 90)
+    seen = recovery.measure([picture(45, 200), picture(45, 90)])
+    assert float(seen.style[0]) == pytest.approx(u, abs=1e-6)
+    leak = cosine(20, 90)
+    assert float(seen.style[1]) == pytest.approx((u - leak) / (1 - leak), abs=1e-6)
+
+
 def test_scores_are_held_to_zero_and_one_and_recoveries_are_not():
     recovery = make_recovery(style=(60, 10), subject=(20, 60))
     seen = recovery.measure([picture(90, 90), picture(150, 200)])
