@@ -89,6 +89,9 @@ def test_a_floor_is_between_none_and_the_whole_leak():
     seen = recovery.measure([picture(45, 200), picture(45, 90)])
     assert float(seen.style[0]) == pytest.approx(u, abs=1e-6)
     leak = cosine(20, 90)
+    hidden = make_recovery(style=(60, 30), subject=(20, 90)).measure([picture(90, 45), picture(200, 45)])
+    assert float(hidden.subject[0]) == pytest.approx((cosine(45, 90) - cosine(30, 90)) / (1 - cosine(30, 90)), abs=1e-6)
+    assert float(hidden.subject[1]) == pytest.approx(cosine(45, 90), abs=1e-6)
     assert float(seen.style[1]) == pytest.approx((u - leak) / (1 - leak), abs=1e-6)
 
 
