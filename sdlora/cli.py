@@ -16,6 +16,16 @@ from . import __version__
 from .agreement import check_family
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
+from .file_verbs import (
+    add_combine,
+    add_convert,
+    add_diagnose,
+    add_inspect,
+    run_combine,
+    run_convert,
+    run_diagnose,
+    run_inspect,
+)
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
@@ -28,7 +38,6 @@ if TYPE_CHECKING:
     from .data.buckets import Cuts
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
-_FORMATS = ("kohya", "diffusers", "peft")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _BASE = "mini, a diffusers folder, a .safetensors checkpoint, or a hub id (default: mini)"
 _PARTS = (
@@ -396,86 +405,6 @@ def run_generate(args: Namespace) -> int:
     return 0
 
 
-# --- LoRA files ---------------------------------------------------------------------------------------------------
-
-
-def add_combine(parser: Parser) -> None:
-    parser.add_argument("loras", metavar="FILE[:W[:TE]]", nargs="+", help=_LORA)
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
-    parser.add_argument(
-        "--method",
-        metavar="METHOD",
-        default="linear",
-        help="linear (default), np, ties or dare, with options as in np:mu=1; the first LoRA is the style",
-    )
-    parser.add_argument(
-        "--rank",
-        metavar="R",
-        type=read_whole_number,
-        help="ranks to keep of each module, by SVD; prints what that loses (default: all, exact)",
-    )
-    parser.add_argument(
-        "--format",
-        default="kohya",
-        metavar="|".join(_FORMATS),
-        choices=_FORMATS,
-        help="names to write (default: kohya)",
-    )
-
-
-def run_combine(args: Namespace) -> int:
-    loras = [parse_lora(text) for text in args.loras]
-    check_files([spec.file for spec in loras])
-    check_output(args.out, [spec.file for spec in loras])
-    from .adapter.file import read_adapter, write_adapter
-    from .combining.methods import make_method
-    from .combining.stack import Cost, combine
-
-    method, cost = make_method(args.method), Cost()
-    stack = [(read_adapter(spec.file), spec.weight, spec.te_weight) for spec in loras]
-    both = combine(stack, method, args.rank, cost)
-    write_adapter(both, args.out, format=args.format)
-    if args.rank is not None:
-        for line in cost.lines():
-            say(line)
-    print(show_name(args.out))
-    return 0
-
-
-def add_convert(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="LoRA to read")
-    parser.add_argument("--to", metavar="|".join(_FORMATS), choices=_FORMATS, required=True, help="names to write")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
-
-
-def run_convert(args: Namespace) -> int:
-    check_files([args.file])
-    check_output(args.out, [args.file])
-    from .adapter.file import read_adapter, write_adapter
-
-    write_adapter(read_adapter(args.file), args.out, format=args.to)
-    print(show_name(args.out))
-    return 0
-
-
-def add_inspect(parser: Parser) -> None:
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="LoRA files")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-
-
-def run_inspect(args: Namespace) -> int:
-    check_files(args.files)
-    from .adapter.summary import list_summary, summarize
-
-    found = [summarize(file) for file in args.files]
-    if args.json:
-        print_json(found)
-    else:
-        for one in found:
-            print(show_name("\n".join(list_summary(one))))
-    return 0
-
-
 VERBS = {
     "demo": Verb("trains a style and a subject on the built-in base and stacks them", add_demo, run_demo),
     "check": Verb("finds all that training would trip over, before it starts", add_check, run_check),
@@ -485,5 +414,6 @@ VERBS = {
     "balance": Verb("finds the weights at which a style and a subject both show", add_balance, run_balance),
     "combine": Verb("writes several LoRAs, weighted, as one exact file", add_combine, run_combine),
     "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
+    "diagnose": Verb("says how far two LoRAs get in each other's way", add_diagnose, run_diagnose),
     "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),
 }
