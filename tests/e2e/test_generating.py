@@ -171,3 +171,67 @@ def test_output_that_cannot_be_a_folder_is_refused(base, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="give --out"):
             generate_files(base, "a cat", [], out=out, steps=1)
+
+
+def test_a_stack_is_refused_before_the_base_is_loaded(base, shelf, tmp_path, monkeypatch, capsys):
+    """Each in one line, exit 2, with nothing written and no weights read."""
+    from sdlora.bases import family
+    from sdlora.cli import main
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(family, "load_base", refuse)
+    ink = str(shelf / "ink.safetensors")
+    mini_fits = tmp_path / "fits.safetensors"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "ink.safetensors").write_bytes((shelf / "ink.safetensors").read_bytes())
+    for name, size in (("black", (32, 32)), ("wide", (64, 32))):
+        Image.new("L", size, 0 if name == "black" else 255).save(tmp_path / f"{name}.png")
+    vector = ",".join(["1"] * 17)
+    cases = [
+        ([ink], "a LoRA for another base"),
+        ([ink, str(other / "ink.safetensors")], "two LoRAs are called ink"),
+        ([ink, ink], "give it once, with the sum of the weights"),
+        ([f"{ink}:nan"], "no finite number"),
+        ([f"{ink}:mask={tmp_path / 'black.png'}"], "black all over"),
+        ([f"{ink}:mask={tmp_path / 'none.png'}"], "there is no such file"),
+        ([f"{ink}:mask={tmp_path / 'wide.png'}"], "cannot be scaled"),
+        ([f"{ink}:lbw=1,2"], "2 block weights fit no scheme"),
+        ([f"{ink}:lbw={vector}"], "17 block weights are sd1-17"),
+        ([ink, "--combine", "klora"], "is for two LoRAs"),
+        ([ink, "--combine", "nq"], "method 'nq' is not known"),
+    ]
+    for loras, says in cases:
+        more = loras[loras.index("--combine") :] if "--combine" in loras else []
+        flags = [word for lora in loras[: len(loras) - len(more)] for word in ("--lora", lora)]
+        assert main(["generate", "a cat", *flags, *more, "--out", str(tmp_path / "out")]) == 2, says
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), error
+        assert error.count("\n") == 1, error
+        assert says in error, error
+    assert not (tmp_path / "out").exists()
+    assert not mini_fits.exists()
+
+
+def test_a_picture_says_how_its_loras_acted(base, shelf, tmp_path):
+    from sdlora.generating.generate import draw_files
+    from sdlora.generating.stacking import gather_stack
+    from sdlora.profiles import parse_stacked
+
+    Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
+    specs = [
+        parse_stacked(f"{shelf / 'ink.safetensors'}:0.8:blocks=mid=0.5:start=0.25"),
+        parse_stacked(f"{shelf / 'cat.safetensors'}:1:0.5:mask={tmp_path / 'all.png'}"),
+    ]
+    stack = gather_stack("a cat", specs, method="np:mu=1")
+    (row,) = draw_files(base, "a cat", stack, out=tmp_path / "out", steps=2)
+    with Image.open(row["file"]) as picture:
+        prompt, _, settings = parse_infotext(picture.info["parameters"])
+    assert prompt == "a cat <lora:ink:0.8:lbw=mid=0.5:start=0.25> <lora:cat:0.5:1:mask=all.png>"
+    assert settings["Combine"] == "np:mu=1"
+    again = gather_stack(prompt.replace("all.png", str(tmp_path / "all.png")), [], shelf, settings["Combine"])
+    (second,) = draw_files(base, prompt, again, out=tmp_path / "again", steps=2)
+    with Image.open(row["file"]) as one, Image.open(second["file"]) as two:
+        assert one.tobytes() == two.tobytes()

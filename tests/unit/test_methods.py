@@ -14,6 +14,7 @@ from sdlora.combining.methods.method import Moment
 from sdlora.combining.plan import Member, Plan, find_module
 from sdlora.combining.stack import Cost, combine
 from sdlora.errors import ConfigError
+from sdlora.profiles import Profile, Schedule
 from tests.stacks import hash_base, random_adapter
 from tests.tiny import make_tiny_base
 
@@ -101,6 +102,8 @@ def test_klora_flips_each_layer_where_its_sums_say():
             subject_first = tops[path][1] >= tops[path][0] * gamma * (1.5 * t + 0.5)
             assert (t <= flips[path]) == subject_first, (path, t)
             shown.add(subject_first)
+        limit = (tops[path][1] / (tops[path][0] * gamma) - 0.5) / 1.5
+        assert flips[path] == pytest.approx(limit, rel=1e-9)
     assert shown == {True, False}
 
 
@@ -447,3 +450,51 @@ def test_a_mask_on_the_texts_keys_and_values_blends_the_attention(base):
     torch.testing.assert_close(seen["out"][:, :32], whole[:, :32], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen["out"][:, 32:], plain[:, 32:], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(whole, plain, atol=1e-2)
+
+
+def test_a_mask_confines_a_convolution_to_its_pixels(base):
+    path = "unet.down_blocks.0.resnets.0.conv1"
+    module = find_module(base, path)
+    generator = torch.Generator().manual_seed(0)
+    down = 0.2 * torch.randn(2, *module.weight.shape[1:], generator=generator)
+    delta = LowRank(down, torch.randn(len(module.weight), 2, 1, 1, generator=generator), 2.0)
+    mask = torch.zeros(8, 8)
+    mask[:3, 2:] = 1.0
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(_, inputs, output):
+        seen["x"], seen["out"] = inputs[0].detach(), output.detach()
+
+    handle = module.register_forward_hook(watch)
+    with Plan.of([Member(Adapter({path: delta}), 1.0, mask=mask)]).applied(base) as stacked:
+        predict(stacked)
+    handle.remove()
+    plain = module(seen["x"])
+    whole = plain + torch.nn.functional.conv2d(seen["x"], delta.weight(), padding=1)
+    torch.testing.assert_close(seen["out"], torch.where(mask.bool(), whole, plain), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, plain, atol=1e-2)
+
+
+def test_one_plan_follows_the_moments_it_is_asked_for(base, loras):
+    """The same running plan, asked at several moments, gives what fresh ones give at each."""
+    unet = [Adapter({p: d for p, d in a.deltas.items() if p.startswith("unet")}) for a in loras]
+    plan = Plan.of([(unet[0], 1.0), (unet[1], 1.0)], method="switch")
+    with plan.applied(base, steps=20) as stacked:
+        found = [predict(stacked, t) for t in (999, 949, 899)]
+    for which, t, prediction in zip((0, 1, 0), (999, 949, 899), found, strict=True):
+        with Plan.of([(unet[which], 1.0)]).applied(base):
+            torch.testing.assert_close(prediction, predict(base, t), rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_moves_the_shares_of_composite(base, loras):
+    unet = [Adapter({p: d for p, d in a.deltas.items() if p.startswith("unet")}) for a in loras]
+    fading = Member(unet[0], 1.0, profile=Profile(schedule=Schedule(((0.0, 1.0), (1.0, 0.0)))))
+    t, done = 300, 1 - 300 / 999
+    alone = []
+    for adapter in unet:
+        with Plan.of([(adapter, 1.0)]).applied(base):
+            alone.append(predict(base, t))
+    weights = [1 - done, 0.5]
+    expected = sum(w / sum(weights) * x for w, x in zip(weights, alone, strict=True))
+    with Plan.of([fading, (unet[1], 0.5)], method="composite").applied(base) as stacked:
+        torch.testing.assert_close(predict(stacked, t), expected, rtol=1e-4, atol=1e-5)

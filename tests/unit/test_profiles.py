@@ -100,6 +100,10 @@ def test_a_vector_gives_each_block_its_value():
 
 
 def test_named_blocks_take_the_longest_name_that_fits():
+    for order in ("up=0.5,up.1=0.2,up.1.attentions.0=0", "up.1.attentions.0=0,up.1=0.2,up=0.5"):
+        weights = parse_blocks(order)
+        assert weights.at("unet.up_blocks.1.attentions.0.proj_in") == 0.0
+        assert weights.at("unet.up_blocks.1.attentions.1.proj_in") == 0.2
     weights = parse_blocks("up=0.5,up.1=0.2,up.1.attentions.0=0,text_encoder=2")
     assert weights.at("unet.up_blocks.0.attentions.0.proj_in") == 0.5
     assert weights.at("unet.up_blocks.1.attentions.1.proj_in") == 0.2
@@ -111,6 +115,7 @@ def test_named_blocks_take_the_longest_name_that_fits():
 
 def test_a_schedule_is_linear_between_its_points_and_nothing_outside_its_span():
     schedule = Schedule(parse_schedule("0@0.2,1@0.6,0.5@0.8"), start=0.1, stop=0.9)
+    assert Schedule(start=0.25, stop=0.75).at(0.25) == Schedule(start=0.25, stop=0.75).at(0.75) == 1.0
     expected = {0.0: 0, 0.05: 0, 0.1: 0, 0.2: 0, 0.3: 0.25, 0.4: 0.5, 0.6: 1, 0.7: 0.75, 0.8: 0.5, 0.9: 0.5, 0.91: 0}
     for t, value in expected.items():
         assert schedule.at(t) == pytest.approx(value), t
