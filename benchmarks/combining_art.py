@@ -70,8 +70,8 @@ _CAT_FACES = {
     "crying-cat-face": "a crying {} cat",
     "pouting-cat-face": "a pouting {} cat",
 }
-_FACES = ("grinning", "crying", "angry", "kissing", "weary", "winking", "sleeping", "astonished", "frowning", "pensive")
-_GESTURES = (
+MOODS = ("grinning", "crying", "angry", "kissing", "weary", "winking", "sleeping", "astonished", "frowning", "pensive")
+GESTURES = (
     "bowing", "facepalming", "frowning", "gesturing-no", "gesturing-ok", "pouting", "raising-hand", "shrugging",
     "tipping-hand",
 )  # fmt: skip
@@ -94,7 +94,7 @@ SUBJECTS = (
     Subject(
         "face",
         "zub",
-        tuple((f"{mood}-face", f"{'an' if mood[0] == 'a' else 'a'} {mood} zub face") for mood in _FACES),
+        tuple((f"{mood}-face", f"{'an' if mood[0] == 'a' else 'a'} {mood} zub face") for mood in MOODS),
         ("a weary zub face", "an angry zub face", "a winking zub face"),
         ("a grinning zub face", "a crying zub face", "a kissing zub face"),
         "noto",
@@ -102,7 +102,7 @@ SUBJECTS = (
     Subject(
         "woman",
         "lia",
-        tuple((f"woman-{gesture}", f"a lia woman {gesture.replace('-', ' ')}") for gesture in _GESTURES),
+        tuple((f"woman-{gesture}", f"a lia woman {gesture.replace('-', ' ')}") for gesture in GESTURES),
         ("a lia woman bowing", "a lia woman pouting", "a lia woman gesturing ok"),
         ("a lia woman frowning", "a lia woman raising hand", "a lia woman shrugging"),
         "noto",
@@ -137,15 +137,15 @@ def write_folder(art_folder: Path, one: Style | Subject, folder: Path) -> None:
 
 def list_style(icons: dict, style: Style, seed: int = 0) -> list[tuple[str, str]]:
     """(icon, caption) of forty things that the base knows and the set draws."""
-    names = {_letters(name): name for name in icons["icons"]}
+    names = {letters(name): name for name in icons["icons"]}
     for alias, row in icons.get("aliases", {}).items():
-        names.setdefault(_letters(alias), row["parent"])
-    known = [label for label in json.loads(THINGS.read_text("utf-8")) if _letters(label) in names]
+        names.setdefault(letters(alias), row["parent"])
+    known = [label for label in json.loads(THINGS.read_text("utf-8")) if letters(label) in names]
     chosen = sorted(random.Random(seed).sample(known, STYLE_PICTURES))
-    return [(names[_letters(t)], f"{'an' if t[0] in 'aeiou' else 'a'} {t}, {style.words}") for t in chosen]
+    return [(names[letters(t)], f"{'an' if t[0] in 'aeiou' else 'a'} {t}, {style.words}") for t in chosen]
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
