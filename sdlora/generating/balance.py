@@ -167,10 +167,12 @@ def search_balance(
     """
     check_weights(weights)
     pairs = [(a, b) for a in dict.fromkeys(weights) for b in dict.fromkeys(weights)]
-    search = _Search(base, style, subject, features, style_pictures, subject_pictures, report)
+    search = _Search(base, style, subject, report)
     search.total = scene.pictures * (len(pairs) * len(methods) + 8 * refine + 3 + 5)
     found = Balance()
-    found.recovery, _ = search.prepare(scene)
+    rows = search.draw_alone(scene)
+    pictures = {"style_pictures": style_pictures, "subject_pictures": subject_pictures}
+    found.recovery = Recovery.of(features, **rows, **pictures)  # type: ignore[arg-type]
     for method in methods:
         for pair in pairs:
             found.trials.append(search.measure(found.recovery, scene, method, pair)[0])
@@ -182,12 +184,12 @@ def search_balance(
             if (best.method, *search.weigh(pair)) not in tried:
                 found.trials.append(search.measure(found.recovery, scene, best.method, pair)[0])
         distance /= 2
-    fresh_recovery, found.rows = search.prepare(scene.fresh)
+    found.rows = search.draw_alone(scene.fresh)
     for name, method, pair in (
         ("plain", PLAIN, (1.0, 1.0)),
         ("recommended", found.recommended.method, search.factors(found.recommended)),
     ):
-        found.fresh[name], found.rows[name] = search.measure(fresh_recovery, scene.fresh, method, pair)
+        found.fresh[name], found.rows[name] = search.measure(found.recovery.elsewhere, scene.fresh, method, pair)
     return found
 
 
@@ -198,9 +200,6 @@ class _Search:
     base: Base
     style: Member
     subject: Member
-    features: Features
-    style_pictures: Sequence[Image.Image] | None
-    subject_pictures: Sequence[Image.Image] | None
     report: Report | None
     done: int = 0
     total: int = 0
@@ -223,18 +222,14 @@ class _Search:
             self.report(self.done, self.total, label or f"{method} {a:g} and {b:g}")
         return pictures
 
-    def prepare(self, scene: Scene) -> tuple[Recovery, dict[str, list[Image.Image]]]:
-        """What measures a scene's pictures, and the pictures by which it does."""
-        rows = {
-            name: self.draw(scene, PLAIN, pair, label)
-            for name, pair, label in (
-                ("bare", (0.0, 0.0), "the bare base"),
-                ("style", (1.0, 0.0), "the style alone"),
-                ("subject", (0.0, 1.0), "the subject alone"),
-            )
-        }
-        pictures = {"style_pictures": self.style_pictures, "subject_pictures": self.subject_pictures}
-        return Recovery.of(self.features, **rows, **pictures), rows  # type: ignore[arg-type]
+    def draw_alone(self, scene: Scene) -> dict[str, list[Image.Image]]:
+        """The pictures of the bare base and of either LoRA alone."""
+        kinds = (
+            ("bare", (0.0, 0.0), "the bare base"),
+            ("style", (1.0, 0.0), "the style alone"),
+            ("subject", (0.0, 1.0), "the subject alone"),
+        )
+        return {name: self.draw(scene, PLAIN, pair, label) for name, pair, label in kinds}
 
     def measure(
         self, recovery: Recovery, scene: Scene, method: str, pair: tuple[float, float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -24,6 +24,9 @@ class Axis:
 
     references: Tensor
     """Unit vectors, float32 [R, D]."""
+    paired: bool
+    """Whether the references are drawn, each from the noise of the picture in its place: that one is left out, since
+    pictures of the same noise are alike whatever acts."""
     floor: float
     """The mean cosine of the base's pictures."""
     ceiling: float
@@ -33,20 +36,17 @@ class Axis:
 
     @classmethod
     def of(cls, what: str, bare: Tensor, alone: Tensor, references: Tensor | None) -> Axis:
-        """From vectors of the base's pictures, the LoRA's, and the references; without these the LoRA's own.
+        """From vectors of the base's pictures, the LoRA's of the same noise, and the references; without these the
+        LoRA's own pictures stand in.
 
         Raises: ConfigError where the LoRA alone comes no nearer to the references than the base.
         """
-        low = (bare @ (alone if references is None else references).T).mean(1)  # [N]
+        paired = references is None
         if references is None:
             if len(alone) < 2:
                 raise ConfigError(f"one picture cannot be its own measure; give 2 or more seeds, or --{what}-pictures")
-            cosines = alone @ alone.T
-            # a picture is no reference for itself
-            high = (cosines.sum(1) - cosines.diagonal()) / (len(alone) - 1)
             references = alone
-        else:
-            high = (alone @ references.T).mean(1)
+        low, high = (_mean_cosines(vectors, references, paired) for vectors in (bare, alone))  # [N] each
         floor, ceiling = float(low.mean()), float(high.mean())
         if not ceiling > floor:
             raise ConfigError(
@@ -55,11 +55,21 @@ class Axis:
                 f"--{what}-pictures"
             )
         spread = math.sqrt(float(low.var(correction=0) + high.var(correction=0)) / 2)
-        return cls(references, floor, ceiling, (ceiling - floor) / max(spread, 1e-6))
+        return cls(references, paired, floor, ceiling, (ceiling - floor) / max(spread, 1e-6))
 
     def read(self, vectors: Tensor) -> Tensor:
         """0 as the base, 1 as the LoRA alone: float32 [B] of unit vectors [B, D]; not bounded."""
-        return ((vectors @ self.references.T).mean(1) - self.floor) / (self.ceiling - self.floor)
+        return (_mean_cosines(vectors, self.references, self.paired) - self.floor) / (self.ceiling - self.floor)
+
+
+def _mean_cosines(vectors: Tensor, references: Tensor, paired: bool) -> Tensor:
+    """Each vector's mean cosine with the references, float32 [B]; `paired` leaves out the one in its place."""
+    cosines = vectors @ references.T
+    if not paired:
+        return cosines.mean(1)
+    if len(vectors) != len(references):
+        raise ValueError(f"{len(vectors)} pictures to compare with {len(references)} of the same noise")
+    return (cosines.sum(1) - cosines.diagonal()) / (len(references) - 1)
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,18 @@ class Recovery:
                 )
         return cls(features, style_axis, subject_axis, *leaks)
 
+    @property
+    def elsewhere(self) -> Recovery:
+        """It for pictures of other noise than those that it was made from, however many."""
+        axes = [replace(axis, paired=False) for axis in (self.style_axis, self.subject_axis)]
+        return replace(self, style_axis=axes[0], subject_axis=axes[1])
+
     def measure(self, pictures: Sequence[Image.Image]) -> Recoveries:
-        """The style and subject recovery of each picture."""
+        """The style and subject recovery of each picture.
+
+        Where no pictures of the style or the subject were given, they are those of the same prompts and noise as the
+        pictures that it was made from, in the same order; for others take `elsewhere`.
+        """
         u = self.style_axis.read(self.features.style(pictures))
         v = self.subject_axis.read(self.features.subject(pictures))
         return self.untangle(u, v)

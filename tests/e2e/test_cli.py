@@ -16,7 +16,7 @@ from sdlora import cli
 from sdlora.errors import RunInterrupted
 from tests.tiny import save_tiny_pipeline
 
-VERBS = ("demo", "check", "train", "generate", "combine", "inspect", "convert")
+VERBS = ("demo", "check", "train", "generate", "grid", "balance", "combine", "inspect", "convert")
 
 
 @pytest.fixture(scope="module")

@@ -104,12 +104,34 @@ def test_scores_are_held_to_zero_and_one_and_recoveries_are_not():
     assert seen.score == 0.5
 
 
-def test_without_references_a_lora_s_own_pictures_stand_in_each_left_out_of_its_own_measure():
-    axis = Axis.of("style", unit(0, 4), unit(80, 90, 100), None)
-    others = [(cosine(80, 90) + cosine(80, 100)) / 2, cosine(90, 80), (cosine(100, 90) + cosine(80, 100)) / 2]
-    assert axis.ceiling == pytest.approx(sum(others) / 3)
-    assert axis.floor == pytest.approx(sum(cosine(b, r) for b in (0, 4) for r in (80, 90, 100)) / 6)
-    assert axis.references.shape == (3, 2)
+def test_without_references_a_lora_s_own_pictures_stand_in_and_those_of_the_same_noise_are_left_out():
+    bare, alone, other = (0, 4, 8), (80, 90, 100), (40, 50, 70)
+    axis = Axis.of("style", unit(*bare), unit(*alone), None)
+
+    def reading(angles):
+        rows = [[cosine(x, r) for j, r in enumerate(alone) if j != i] for i, x in enumerate(angles)]
+        return [sum(row) / 2 for row in rows]
+
+    assert axis.floor == pytest.approx(sum(reading(bare)) / 3)
+    assert axis.ceiling == pytest.approx(sum(reading(alone)) / 3)
+    scaled = [(r - axis.floor) / (axis.ceiling - axis.floor) for r in reading(other)]
+    assert axis.read(unit(*other)).tolist() == pytest.approx(scaled, abs=1e-5)
+    with pytest.raises(ValueError, match="2 pictures to compare with 3 of the same noise"):
+        axis.read(unit(1, 2))
+
+
+def test_pictures_of_other_noise_are_compared_with_all_of_a_lora_s_own():
+    recovery = Recovery.of(
+        Angles(),
+        bare=[picture(0, 0), picture(6, 3)],
+        style=[picture(80, 10), picture(90, 5)],
+        subject=[picture(20, 90), picture(10, 70)],
+    )
+    seen = recovery.elsewhere.style_axis.read(unit(50))
+    own = (cosine(50, 80) + cosine(50, 90)) / 2
+    axis = recovery.style_axis
+    assert seen.tolist() == pytest.approx([(own - axis.floor) / (axis.ceiling - axis.floor)], abs=1e-5)
+    assert len(recovery.elsewhere.measure([picture(50, 50)] * 5).style) == 5
 
 
 def test_separation_is_the_gap_in_pooled_standard_deviations():
