@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks.combining_art import STYLES, SUBJECTS, Style, Subject, folder_of, lora_of
+from benchmarks.combining_art import STYLES, SUBJECTS, WEAK_STYLES, Style, Subject, folder_of, lora_of
 from sdlora.adapter.delta import Adapter
 from sdlora.adapter.file import read_adapter
 from sdlora.bases.family import Base, load_base
@@ -283,8 +283,8 @@ def write_table(result: dict[str, Any], path: Path) -> None:
 
 
 def read_pairs(loras: Path, names: Sequence[str] | None) -> list[Pair]:
-    """The pairs of these names, STYLE+SUBJECT, or all. Raises: ConfigError for a name that is none."""
-    pairs = {f"{s.name}+{c.name}": (s, c) for s in STYLES for c in SUBJECTS}
+    """The pairs of these names, STYLE+SUBJECT, or all of `STYLES`. Raises: ConfigError for a name that is none."""
+    pairs = {f"{s.name}+{c.name}": (s, c) for s in (*STYLES, *WEAK_STYLES) for c in SUBJECTS}
     if unknown := set(names or ()) - set(pairs):
         raise ConfigError(f"no pair is called {', '.join(sorted(unknown))}; there are {', '.join(pairs)}")
 
@@ -294,7 +294,7 @@ def read_pairs(loras: Path, names: Sequence[str] | None) -> list[Pair]:
         return read_adapter(lora_of(loras, one)), pictures
 
     found = []
-    for style, subject in (pairs[name] for name in names or pairs):
+    for style, subject in (pairs[name] for name in names or list(pairs)[: len(STYLES) * len(SUBJECTS)]):
         adapters, pictures = zip(read(style), read(subject), strict=True)
         found.append(Pair(style, subject, adapters, pictures))
     return found
@@ -311,7 +311,7 @@ def main() -> None:
     args = parser.parse_args()
     known = TRIED | {"zip": TRIED_OF_ZIP}
     tried = {method: known[method][: 2 if args.quick else None] for method in dict.fromkeys(["linear", *args.methods])}
-    pairs = read_pairs(args.loras, args.pairs or (["ink+cat", "clay+face"] if args.quick else None))
+    pairs = read_pairs(args.loras, args.pairs or (["ink+cat", "comic+face"] if args.quick else None))
     studio, began_s, found = Studio(args.work), time.perf_counter(), []
     for number, pair in enumerate(pairs):
         try:

@@ -3,10 +3,12 @@
 `python -m benchmarks.combining_art --art ART --out DIR` renders the folders and trains the eight LoRAs, each in a
 process of its own; what is there already is taken as it is. ART holds the drawings:
 
-    npm install --prefix ART @iconify-json/{noto,emojione,fluent-emoji-flat,openmoji}
+    npm install --prefix ART @iconify-json/{noto,emojione,emojione-monotone,openmoji,fluent-emoji,fluent-emoji-flat}
 
-The styles are two of the sample folders (`ink`, `clay`) and two sets of drawings more that the base never saw: Fluent
-Emoji's flat one (© Microsoft Corporation, MIT) and OpenMoji (© the OpenMoji authors, CC BY-SA 4.0), here called comic.
+The styles are the sample folder `ink` and three looks more that the base never saw: OpenMoji (© the OpenMoji authors,
+CC BY-SA 4.0), here called comic; EmojiOne's monotone set (© Emoji One, CC BY 4.0) in white on blue, here blueprint; and
+Fluent Emoji (© Microsoft Corporation, MIT) on dark blue, here night. Two more, `clay` and `flat`, are in WEAK_STYLES:
+their LoRAs hardly change what mini draws, so that there is nothing to measure (docs/balance.md).
 The subjects are the sample cat (`mio`) and three more characters that the base never saw: EmojiOne's grey cat (© Emoji
 One, CC BY 4.0), Noto's yellow face and Noto's woman in purple (© Google LLC, Apache-2.0). No drawing ships with them.
 """
@@ -23,7 +25,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora.bases.mini.build.art import on_white, read_icons, render_svg
+from PIL import Image
+
+from sdlora.bases.mini.build.art import on_ground, on_white, read_icons, render_svg
 from sdlora.demo import ROOT
 
 THINGS = ROOT / "sdlora" / "bases" / "mini" / "weights" / "things.json"
@@ -32,10 +36,17 @@ STYLE_PICTURES = 40
 
 @dataclass(frozen=True)
 class Style:
-    """A style: its name, the words that call it, and the set that it is drawn from, or None for a sample folder."""
+    """A style: its name, the words that call it, the set that it is drawn from, and the colours of lines and paper."""
 
     name: str
     art: str | None = None
+    """None for a sample folder."""
+    colour: str = "#000"
+    ground: str = "white"
+
+    def draw(self, icons: dict, icon: str) -> Image.Image:
+        """One of the set's icons in this style, 128 x 128 px."""
+        return on_ground(render_svg(icons, icon, colour=self.colour), self.ground)
 
     @property
     def words(self) -> str:
@@ -57,7 +68,13 @@ class Subject:
     art: str | None = None
 
 
-STYLES = (Style("ink"), Style("clay"), Style("flat", "fluent-emoji-flat"), Style("comic", "openmoji"))
+STYLES = (
+    Style("ink"),
+    Style("comic", "openmoji"),
+    Style("blueprint", "emojione-monotone", "#fff", "#1f4fa3"),
+    Style("night", "fluent-emoji", ground="#141a3c"),
+)
+WEAK_STYLES = (Style("clay"), Style("flat", "fluent-emoji-flat"))
 _CAT_FACES = {
     "cat-face": "a {} cat face",
     "grinning-cat-face": "a grinning {} cat",
@@ -130,7 +147,8 @@ def write_folder(art_folder: Path, one: Style | Subject, folder: Path) -> None:
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
     for icon, caption in rows:
-        on_white(render_svg(icons, icon)).save(part / f"{icon}.png", optimize=True)
+        picture = one.draw(icons, icon) if isinstance(one, Style) else on_white(render_svg(icons, icon))
+        picture.save(part / f"{icon}.png", optimize=True)
         (part / f"{icon}.txt").write_text(caption + "\n", encoding="utf-8")
     os.replace(part, folder)
 

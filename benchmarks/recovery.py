@@ -34,20 +34,15 @@ from benchmarks.combining import (
     mean,
     read_pairs,
 )
-from benchmarks.combining_art import GESTURES, MOODS, STYLES, THINGS, folder_of, letters
-from sdlora.bases.mini.build.art import on_white, read_icons, render_svg
+from benchmarks.combining_art import GESTURES, MOODS, STYLES, THINGS, Style, folder_of, letters
+from sdlora.bases.mini.build.art import read_icons, render_svg
 from sdlora.bases.mini.build.glyphs import GLYPHS, draw_glyph
 from sdlora.data.folder import scan_folder
 from sdlora.errors import ConfigError
 from sdlora.generating.recovery import Recovery
 
-SETS = {
-    "ink": "fluent-emoji-high-contrast",
-    "clay": "fluent-emoji",
-    "flat": "fluent-emoji-flat",
-    "comic": "openmoji",
-}
-"""What each style is drawn from."""
+SAMPLE_SETS = {"ink": "fluent-emoji-high-contrast", "clay": "fluent-emoji"}
+"""What the sample folders' styles are drawn from."""
 KINDS = {
     "cat": (
         "cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "crying-cat",
@@ -56,48 +51,55 @@ KINDS = {
     "face": tuple(f"{mood}-face" for mood in MOODS),
     "woman": tuple(f"woman-{gesture}" for gesture in GESTURES),
 }  # fmt: skip
-"""The icons of each kind of character; the names are the same in all sets of `SETS`."""
+"""The icons of each kind of character; `find_icons` knows what other sets call them."""
 KIND_OF = {"cat": "cat", "greycat": "cat", "face": "face", "woman": "woman"}
 THINGS_SHOWN = 40
 HAS_STYLE = ("kind in the style", "subject in black and white", "style, other things", "style, another character")
 HAS_SUBJECT = ("kind in the style", "subject in black and white", "subject as drawn", "kind in other styles")
 
 
-def render(art: Path, set_name: str, icons: Iterable[str]) -> list[Image.Image]:
-    """Drawings of a set, those that it has."""
-    found = read_icons(art, set_name)
-    return [on_white(render_svg(found, icon)) for icon in icons if icon in found["icons"]]
+def find_icons(icons: dict, names: Iterable[str]) -> list[str]:
+    """The icons of these names that a set has, by its own: cats may be cat faces, a woman a person."""
+    found = []
+    for name in names:
+        others = (name, name.replace("cat", "cat-face", 1), name.replace("woman-", "person-"))
+        found += [other for other in others if other in icons["icons"]][:1]
+    return found
 
 
-def draw_things(art: Path, set_name: str, left_out: set[str]) -> list[Image.Image]:
-    """Forty things that the base knows, without some."""
-    icons = read_icons(art, set_name)["icons"]
-    names = {letters(icon): icon for icon in icons}
+def in_style(art: Path, style: Style, names: Iterable[str]) -> list[Image.Image]:
+    """Drawings in a style."""
+    icons = read_icons(art, style.art or SAMPLE_SETS[style.name])
+    return [style.draw(icons, icon) for icon in find_icons(icons, names)]
+
+
+def find_things(art: Path, set_name: str, left_out: set[str]) -> list[str]:
+    """The icons of forty things that the base knows, without some."""
+    names = {letters(icon): icon for icon in read_icons(art, set_name)["icons"]}
     known = [t for t in json.loads(THINGS.read_text("utf-8")) if letters(t) in names and letters(t) not in left_out]
-    return render(art, set_name, [names[letters(t)] for t in random.Random(2).sample(known, THINGS_SHOWN)])
+    return [names[letters(t)] for t in random.Random(2).sample(known, THINGS_SHOWN)]
 
 
 def gather_groups(art: Path, loras: Path, pair: Pair) -> dict[str, list[Image.Image]]:
     """The drawings of each group."""
-    style, subject = pair.style.name, pair.subject.name
-    kind, set_name = KIND_OF[subject], SETS[style]
-    captions = [example.caption for example in scan_folder(folder_of(loras, pair.style))]
-    shown = {letters(c.split(",")[0].removeprefix("an ").removeprefix("a ")) for c in captions}
-    own = pair.subject.art or "noto"
-    icons = [icon for icon, _ in pair.subject.learnt] or list(KINDS["cat"])
+    style, subject = pair.style, pair.subject
+    kind, others = KIND_OF[subject.name], [name for name in KINDS if name != KIND_OF[subject.name]]
+    captions = [example.caption for example in scan_folder(folder_of(loras, style))]
+    learnt = {letters(c.split(",")[0].removeprefix("an ").removeprefix("a ")) for c in captions}
+    things = find_things(art, style.art or SAMPLE_SETS[style.name], learnt)
+    own = subject.art or "noto"
     groups = {
-        "kind in the style": render(art, set_name, KINDS[kind]),
-        "style, other things": draw_things(art, set_name, shown),
-        "style, another character": [
-            picture for name in KINDS if name != kind for picture in render(art, set_name, KINDS[name])
-        ],
+        "kind in the style": in_style(art, style, KINDS[kind]),
+        "style, other things": in_style(art, style, things),
+        "style, another character": [p for name in others for p in in_style(art, style, KINDS[name])],
         "subject as drawn": pair.pictures[1][1::2],
-        "kind in other styles": [p for s in STYLES if s.name != style for p in render(art, SETS[s.name], KINDS[kind])],
-        "another character as drawn": render(art, own, KINDS["woman" if kind == "face" else "face"]),
-        "neither": draw_things(art, "noto", set()),
+        "kind in other styles": [p for s in STYLES if s.name != style.name for p in in_style(art, s, KINDS[kind])],
+        "another character as drawn": in_style(art, Style("", own), KINDS[others[0]]),
+        "neither": in_style(art, Style("", "noto"), find_things(art, "noto", set())),
     }
-    if style == "ink":
+    if style.name == "ink":
         found = read_icons(art, own)
+        icons = [icon for icon, _ in subject.learnt] or KINDS["cat"]
         groups["subject in black and white"] = [
             draw_glyph(render_svg(found, icon, 2), glyph).convert("RGB") for icon in icons for glyph in GLYPHS
         ]

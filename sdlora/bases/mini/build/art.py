@@ -138,8 +138,11 @@ def read_icons(art_folder: Path, art: str) -> dict[str, Any]:
     return icons
 
 
-def render_svg(icons: dict[str, Any], name: str, scale: int = 1) -> Image.Image:
-    """One drawing of `read_icons` with its margin, transparent around it: RGBA, 128 x 128 px times `scale`."""
+def render_svg(icons: dict[str, Any], name: str, scale: int = 1, colour: str = "#000") -> Image.Image:
+    """One drawing of `read_icons` with its margin, transparent around it: RGBA, 128 x 128 px times `scale`.
+
+    `colour` is that of sets which have no colours of their own.
+    """
     import resvg_py
 
     row = icons["icons"][name]
@@ -150,7 +153,7 @@ def render_svg(icons: dict[str, Any], name: str, scale: int = 1) -> Image.Image:
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{icon_px}" height="{icon_px}" '
-        f'color="#000">{row["body"]}</svg>'
+        f'color="{colour}">{row["body"]}</svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=icon_px, height=icon_px))
     icon = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -162,6 +165,11 @@ def render_svg(icons: dict[str, Any], name: str, scale: int = 1) -> Image.Image:
 
 def on_white(icon: Image.Image) -> Image.Image:
     """A transparent picture on white paper, RGB."""
-    page = Image.new("RGBA", icon.size, "white")
+    return on_ground(icon, "white")
+
+
+def on_ground(icon: Image.Image, ground: str) -> Image.Image:
+    """A transparent picture on paper of a colour, RGB."""
+    page = Image.new("RGBA", icon.size, ground)
     page.alpha_composite(icon)
     return page.convert("RGB")
