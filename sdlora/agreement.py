@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[str, str | bool | None]] = {
     "pyramid_discount": ("pyramid_noise", None),
     "schedule_cycles": ("schedule", "cosine-restarts"),
     "schedule_power": ("schedule", "polynomial"),
+    "small_buckets": ("buckets", True),
     "upscale": ("buckets", True),
     "validate_every": ("validation_share", None),
 }

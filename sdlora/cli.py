@@ -24,6 +24,7 @@ from .values import parse_lora, suggest
 
 if TYPE_CHECKING:
     from .data.buckets import Cuts
+    from .data.folder import Example
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _FORMATS = ("kohya", "diffusers", "peft")
@@ -150,7 +151,7 @@ def add_check(parser: Parser) -> None:
 def run_check(args: Namespace) -> int:
     from .bases.facts import read_base_facts
     from .data.buckets import describe_crops, plan_cuts, read_bucketing
-    from .data.check import list_report, note_base, note_masks, report_prior, write_report
+    from .data.check import list_report, note_base, note_masks, note_short_buckets, report_prior, write_report
     from .data.folder import describe_problems
     from .data.masks import describe_masks, place_crops
     from .data.material import describe_prior, survey_data
@@ -170,7 +171,8 @@ def run_check(args: Namespace) -> int:
     cuts = plan_cuts(survey.examples, read_bucketing(recipe, resolution_px)) if resolution_px else None
     if cuts and not survey.problems:
         survey.problems += place_crops(recipe, survey.examples, cuts)[1]
-        cuts = leave_out_held(cuts, recipe)
+        cuts = replace(cuts, repeats=tuple(learnt_repeats(survey.examples, recipe)))
+        note_short_buckets(survey, cuts, recipe)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
     report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
@@ -248,7 +250,7 @@ def train(args: Namespace) -> int:
     if args.dry_run:
         print_plan(data, recipe, out)
         return 0
-    from .data.material import gather
+    from .data.material import class_recipe, gather
 
     # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
     named = named_files(recipe)
@@ -260,7 +262,10 @@ def train(args: Namespace) -> int:
 
     facts = read_base_facts(recipe.base, recipe.prediction)
     check_family(recipe, facts.family, recipe.base)
-    material.cut(recipe, recipe.resolution or facts.resolution_px)
+    side_px = recipe.resolution or facts.resolution_px
+    material.cut(recipe, side_px, learnt_repeats(material.examples, recipe), count_processes())
+    if material.prior:
+        material.prior.cut(class_recipe(recipe), side_px, processes=count_processes())
     from .combining.merge import merge_for_good
     from .training.loop import run_training
 
@@ -290,13 +295,14 @@ def named_files(recipe: Recipe) -> list[Path]:
     return continued + [parse_lora(text).file for text in recipe.merge]
 
 
-def leave_out_held(cuts: Cuts, recipe: Recipe) -> Cuts:
-    """The cuts with no repeats of the pictures that are held out. Raises: DataError where that leaves none, or all."""
-    if not recipe.validation_share or not cuts.repeats:
-        return cuts
+def learnt_repeats(examples: list[Example], recipe: Recipe) -> list[int]:
+    """How often each picture counts, 0 where it is held out. Raises: DataError where that leaves none, or all."""
+    repeats = [example.repeats for example in examples]
+    if not recipe.validation_share or not repeats:
+        return repeats
     from .training.validation import Validation
 
-    return replace(cuts, repeats=tuple(Validation.of(recipe, len(cuts.repeats)).learnt(list(cuts.repeats))))
+    return Validation.of(recipe, len(repeats)).learnt(repeats)
 
 
 def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
@@ -319,7 +325,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     several = f" in {count_processes()} processes" if count_processes() > 1 else ""
     images = recipe.steps * together
     run = out.with_suffix(".run")
-    cuts = leave_out_held(material.cut(recipe, side_px), recipe)
+    cuts = material.cut(recipe, side_px, learnt_repeats(examples, recipe), count_processes())
     shown = sum(cuts.repeats)
     class_lines = plan_prior(material.prior, recipe, side_px, count_processes()) if material.prior else []
     wordings = list_wordings([e.caption for e in examples], recipe)

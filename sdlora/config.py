@@ -127,6 +127,8 @@ class Recipe:
     """Random crops that are made of each picture; each showing draws one."""
     upscale: bool = False
     """Scales pictures up that are too small for every bucket; without it they get smaller buckets."""
+    small_buckets: bool = False
+    """Lets a bucket with fewer images than a step show some twice in it; without it that is an error."""
     masks: str = ""
     """Learns only what is white in masks: alpha for the alpha channels, or a folder of grey pictures named alike."""
     mask_outside: float = 0.0
@@ -218,6 +220,7 @@ UNDECISIVE = frozenset(
         "continue_from",
         "merge",
         "recompute",
+        "small_buckets",
         "tracker",
         "masks",
         "class_data",

@@ -24,7 +24,7 @@ RECIPE_GROUPS = {
     "what becomes of captions": (
         "caption_lines", "caption_variants", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards",
     ),
-    "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "crop", "crops"),
+    "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "small_buckets", "crop", "crops"),
     "what of a picture is learnt": ("masks", "mask_outside"),
     "what the base keeps": ("class_data", "prior_weight"),
     "what is adapted, and how": (

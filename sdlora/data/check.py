@@ -11,7 +11,7 @@ from ..config import Recipe
 from .buckets import Cuts, plan_cuts, read_bucketing
 from .folder import Problem, Survey
 from .likeness import group_alike
-from .material import class_recipe
+from .material import class_recipe, find_short_buckets
 from .variants import list_wordings
 
 Counter = Callable[[list[str]], tuple[list[int], int]]
@@ -121,6 +121,15 @@ def list_report(
     if not report["problems"]:
         lines.append("ready to train")
     return lines
+
+
+def note_short_buckets(survey: Survey, cuts: Cuts, recipe: Recipe) -> None:
+    """Adds buckets that are too small for a step to the folder's problems, those of the class pictures too."""
+    survey.problems += find_short_buckets(survey.folder, cuts, recipe)
+    if survey.prior:
+        own = class_recipe(recipe)
+        own_cuts = plan_cuts(survey.prior.examples, read_bucketing(own, cuts.bucketing.resolution_px))
+        survey.problems += find_short_buckets(survey.prior.folder, own_cuts, own)
 
 
 def note_base(survey: Survey, base: str, message: str) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..errors import DataError
-from .buckets import Cuts, count, describe_crops, plan_cuts, read_bucketing
+from .buckets import Cuts, count, describe_crops, name_few, plan_cuts, read_bucketing
 from .folder import Example, Problem, Survey, describe_problems, digest, survey_folder
 from .masks import ALPHA, Places, add_masks, digest_masks, place_crops
 from .variants import describe_wordings, list_wordings
+
+_MOST_NAMED = 4
+"""How many buckets one message names."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,18 @@ class Material:
     prior: Material | None = None
     """The class pictures."""
 
-    def cut(self, recipe: Recipe, side_px: int) -> Cuts:
-        """Every picture's cut. Raises: DataError where one leaves nothing of a mask; else as `read_bucketing`."""
+    def cut(self, recipe: Recipe, side_px: int, repeats: list[int] | None = None, processes: int = 1) -> Cuts:
+        """Every picture's cut; `repeats` is how often each counts, its own where None.
+
+        Raises: DataError where one leaves nothing of a mask, or a bucket is too small; else as `read_bucketing`.
+        """
         cuts = plan_cuts(self.examples, read_bucketing(recipe, side_px))
+        if repeats is not None:
+            cuts = replace(cuts, repeats=tuple(repeats))
         self.place(recipe, cuts)
+        problems = find_short_buckets(self.folder, cuts, recipe, processes)
+        if problems:
+            raise DataError(describe_problems(self.folder, problems))
         return cuts
 
     def place(self, recipe: Recipe, cuts: Cuts) -> Places | None:
@@ -82,6 +93,34 @@ def survey_data(folder: str | Path, recipe: Recipe) -> Survey:
     return survey
 
 
+def find_short_buckets(folder: Path, cuts: Cuts, recipe: Recipe, processes: int = 1) -> list[Problem]:
+    """The buckets that cannot fill a step without showing a picture twice in it, as one problem, or none.
+
+    A folder that is one bucket is what the person gave, whatever its size: that is no problem.
+    """
+    together = recipe.images_per_step * processes
+    short = [] if recipe.small_buckets else cuts.list_short(together)
+    if not short:
+        return []
+    found = []
+    for width, height in short[:_MOST_NAMED]:
+        names = [cuts.names[i] for i in cuts.members((width, height)) if cuts.repeats[i]]
+        found.append(f"{width} x {height} px has {cuts.images((width, height))} ({name_few(names, 2)})")
+    more = f", and {len(short) - _MOST_NAMED} more" if len(short) > _MOST_NAMED else ""
+    these = "a bucket has" if len(short) == 1 else f"{len(short)} buckets have"
+    problem = (
+        f"{these} fewer images an epoch than the {together} of a step, so that a step would show one twice: "
+        f"{', '.join(found)}{more}"
+    )
+    side_px, wider = cuts.bucketing.resolution_px, cuts.bucketing.step_px * 2
+    coarser = f", a bucket_step_px of {wider}" if wider <= side_px // 2 and side_px % wider == 0 else ""
+    fix = (
+        f"give a smaller batch_size or accumulation{coarser}, more repeats (a subfolder called {together}_name), "
+        "or allow it with small_buckets = true (--small-buckets)"
+    )
+    return [Problem(str(folder), problem, fix)]
+
+
 def _of_class(problem: Problem, root: Path) -> Problem:
     """A problem of the class folder, as it is said among those of the data folder."""
     if problem.file == str(root):
@@ -129,5 +168,5 @@ def plan_prior(prior: Material, recipe: Recipe, side_px: int, processes: int = 1
     """All that becomes of the class pictures, as lines. Raises: ConfigError where buckets do not fit the resolution."""
     own = class_recipe(recipe)
     wordings = list_wordings([e.caption for e in prior.examples], own)
-    lines = prior.cut(own, side_px).describe(own.images_per_step * processes) + describe_crops(own)
+    lines = prior.cut(own, side_px, processes=processes).describe(own.images_per_step * processes) + describe_crops(own)
     return describe_prior(prior.folder, prior.examples, recipe, processes) + lines + describe_wordings(wordings, own)

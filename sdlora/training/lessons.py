@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..bases.family import Base
 from ..config import Recipe
-from ..data.buckets import Cuts, describe_crops, plan_cuts, read_bucketing
+from ..data.buckets import Cuts, describe_crops
 from ..data.cache import Encoded, encode_folder
 from ..data.folder import Example
 from ..data.masks import Places
@@ -32,12 +32,11 @@ class Lessons:
     """What is to be said before the rest."""
 
     @classmethod
-    def plan(cls, material: Material, recipe: Recipe, side_px: int, repeats: list[int]) -> Lessons:
-        """Plans every cut; `repeats` is how often each example counts in an epoch.
-
-        Raises: DataError where a cut leaves nothing of a mask; ConfigError where buckets do not fit the resolution.
-        """
-        cuts = replace(plan_cuts(material.examples, read_bucketing(recipe, side_px)), repeats=tuple(repeats))
+    def plan(
+        cls, material: Material, recipe: Recipe, side_px: int, repeats: list[int] | None = None, processes: int = 1
+    ) -> Lessons:
+        """Plans every cut; `repeats` is how often each example counts in an epoch. Raises: as `Material.cut`."""
+        cuts = material.cut(recipe, side_px, repeats, processes)
         return cls(material.examples, recipe, side_px, cuts, material.place(recipe, cuts))
 
     @classmethod
@@ -46,8 +45,7 @@ class Lessons:
         if material.prior is None:
             return None
         prior = material.prior
-        repeats = [e.repeats for e in prior.examples]
-        lessons = cls.plan(prior, class_recipe(recipe), side_px, repeats)
+        lessons = cls.plan(prior, class_recipe(recipe), side_px, processes=processes)
         return replace(lessons, lines=tuple(describe_prior(prior.folder, prior.examples, recipe, processes)))
 
     def encode(self, base: Base, cache: Path | None, say: Callable[[str], None], processes: Processes) -> Encoded:

@@ -166,7 +166,7 @@ def _train(
     layers.detach_from_base()
     side_px = recipe.resolution or base.resolution_px
     shown = validation.learnt([e.repeats for e in material.examples])
-    lessons = Lessons.plan(material, recipe, side_px, shown)
+    lessons = Lessons.plan(material, recipe, side_px, shown, processes.count)
     class_lessons = Lessons.of_prior(material, recipe, side_px, processes.count)
     sources = name_sources(base, recipe) | material.settings(recipe)
     origin = {

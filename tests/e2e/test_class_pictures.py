@@ -108,8 +108,8 @@ def test_run_with_class_pictures_resumes_and_a_changed_folder_is_refused(tmp_pat
     data = make_folder(tmp_path / "data", 4)
     folder = make_class(tmp_path / "class", [(64, 64), (96, 48), (48, 96)])
     recipe = change(
-        class_data=str(folder), prior_weight=0.7, buckets=True, crop="random", crops=2, accumulation=2,
-        text_encoder=True, trigger="ink", dropout=0.1, validation_share=0.25,
+        class_data=str(folder), prior_weight=0.7, buckets=True, small_buckets=True, crop="random", crops=2,
+        accumulation=2, text_encoder=True, trigger="ink", dropout=0.1, validation_share=0.25,
     )  # fmt: skip
     whole, parts, plain = (tmp_path / f"{name}.safetensors" for name in ("whole", "parts", "plain"))
     adapter = train_adapter(data, make_tiny_base(), recipe, whole)

@@ -182,9 +182,9 @@ def test_buckets_wordings_and_crops_go_with_shaped_noise_averages_and_validation
         Image.new("RGB", size, (40 * i, 90, 200 - 20 * i)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(f"cat, {'abcdef'[i]}, ink" + ("\nink, cap" if i % 2 else ""))
     recipe = change(
-        buckets=True, crop="random", crops=2, caption_lines=True, caption_variants=3, shuffle_tags=True,
-        caption_dropout=0.5, text_encoder=True, loss="huber", noise_offset=0.1, pyramid_noise=3, ema_decay=0.9,
-        validation_share=0.5, optimizer="adafactor",
+        buckets=True, small_buckets=True, crop="random", crops=2, caption_lines=True, caption_variants=3,
+        shuffle_tags=True, caption_dropout=0.5, text_encoder=True, loss="huber", noise_offset=0.1, pyramid_noise=3,
+        ema_decay=0.9, validation_share=0.5, optimizer="adafactor",
     )  # fmt: skip
     captions, original = set(), Chances.draw
 

@@ -72,8 +72,8 @@ def test_masked_run_resumes_with_buckets_crops_accumulation_and_a_text_encoder(t
         (data / f"{i}.txt").write_text("a cat")
         Image.linear_gradient("L").resize(size).save(masks / f"{i}.png")
     recipe = change(
-        masks=str(masks), mask_outside=0.1, buckets=True, crop="random", crops=2, accumulation=2, text_encoder=True,
-        validation_share=0.25,
+        masks=str(masks), mask_outside=0.1, buckets=True, small_buckets=True, crop="random", crops=2, accumulation=2,
+        text_encoder=True, validation_share=0.25,
     )  # fmt: skip
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train_adapter(data, make_tiny_base(), recipe, whole)

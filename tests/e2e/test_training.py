@@ -493,7 +493,9 @@ def test_several_buckets_resume_to_the_bit_and_reach_the_unet_at_their_sizes(tmp
     base.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.add(tuple((args[0] if args else kwargs["sample"]).shape)), with_kwargs=True
     )
-    recipe = change(buckets=True, trigger="x", accumulation=2, checkpoint_every=3, crop="random", crops=2)
+    recipe = change(
+        buckets=True, small_buckets=True, trigger="x", accumulation=2, checkpoint_every=3, crop="random", crops=2
+    )
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train_adapter(data, base, recipe, whole)
     assert {shape[0] for shape in seen} == {2}
@@ -510,7 +512,7 @@ def test_several_buckets_resume_to_the_bit_and_reach_the_unet_at_their_sizes(tmp
     assert parts.read_bytes() == whole.read_bytes()
     assert rows(parts) == rows(whole)
     with pytest.raises(RunError, match="buckets true -> false"):
-        train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, buckets=False), parts)
+        train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, buckets=False, small_buckets=False), parts)
 
 
 def test_caption_variants_train_and_are_said(tmp_path, capsys):
