@@ -1,6 +1,7 @@
 """Buckets too small for a step: one line before anything is loaded or written, and a run where they are allowed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -9,8 +10,9 @@ from sdlora.cli import main
 from sdlora.config import Recipe
 from sdlora.data.buckets import Bucketing, plan_cuts
 from sdlora.data.folder import scan_folder
-from sdlora.data.material import find_short_buckets
+from sdlora.data.material import Material, find_short_buckets
 from sdlora.errors import DataError
+from sdlora.training.lessons import Lessons
 from sdlora.training.loop import train_adapter
 from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
@@ -115,6 +117,21 @@ def test_held_out_pictures_repeats_and_processes_count(tmp_path):
     assert short(Recipe(buckets=True, batch_size=2), hold("4.png", "5.png")) == []
     only = hold(*(name for name in by_name if name not in ("4.png", "5.png")))
     assert short(Recipe(buckets=True, batch_size=9), only) == []  # one bucket is left to learn
+
+
+def test_lessons_count_the_images_of_all_processes(tmp_path):
+    full, small = (make_shapes(tmp_path / name, *[SQUARE] * 4, *[WIDE] * n) for name, n in (("full", 4), ("small", 3)))
+    recipe = Recipe(buckets=True, batch_size=3)
+    mine, others = (Material(folder, scan_folder(folder)) for folder in (full, small))
+    assert Lessons.plan(others, recipe, 64).cuts.images(WIDE) == 3
+    with pytest.raises(DataError, match="than the 6 of a step"):
+        Lessons.plan(others, recipe, 64, processes=2)
+    recipe = Recipe(buckets=True, batch_size=2, class_data=str(small))
+    both = replace(mine, prior=others)
+    Lessons.plan(both, recipe, 64, processes=2)
+    assert Lessons.of_prior(both, recipe, 64).examples == others.examples
+    with pytest.raises(DataError, match=f"{small}: a bucket has fewer images an epoch than the 4 of a step"):
+        Lessons.of_prior(both, recipe, 64, processes=2)
 
 
 def test_class_pictures_have_buckets_of_their_own(place, capsys):
