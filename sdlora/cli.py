@@ -150,8 +150,8 @@ def add_check(parser: Parser) -> None:
 
 def run_check(args: Namespace) -> int:
     from .bases.facts import read_base_facts
+    from .data import check
     from .data.buckets import describe_crops, plan_cuts, read_bucketing
-    from .data.check import list_report, note_base, note_masks, note_short_buckets, report_prior, write_report
     from .data.folder import describe_problems
     from .data.masks import describe_masks, place_crops
     from .data.material import describe_prior, survey_data
@@ -167,25 +167,26 @@ def run_check(args: Namespace) -> int:
         resolution_px = resolution_px or facts.resolution_px
         count = partial(facts.count_tokens, chunks=recipe.max_chunks)
     except BaseModelError as error:
-        note_base(survey, recipe.base, str(error))
+        check.note_base(survey, recipe.base, str(error))
     cuts = plan_cuts(survey.examples, read_bucketing(recipe, resolution_px)) if resolution_px else None
+    classes = check.plan_classes(survey, recipe, resolution_px)
     if cuts and not survey.problems:
         survey.problems += place_crops(recipe, survey.examples, cuts)[1]
         cuts = replace(cuts, repeats=tuple(learnt_repeats(survey.examples, recipe)))
-        note_short_buckets(survey, cuts, recipe)
+        check.note_short_buckets(survey, cuts, classes, recipe)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
-    report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
+    report = check.write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
-    note_masks(report, survey, recipe.masks)
-    report["class_pictures"] = report_prior(survey.prior, recipe, resolution_px, count) if survey.prior else None
+    check.note_masks(report, survey, recipe.masks)
+    report["class_pictures"] = check.report_classes(classes, survey.prior, recipe, resolution_px, count)
     if args.json:
         print_json(report)
     else:
         cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else []
         mask_lines = describe_masks(recipe, list(survey.masks.values()), survey.masks_unused)
-        class_lines = describe_prior(survey.prior.folder, survey.prior.examples, recipe) if survey.prior else []
+        class_lines = describe_prior(classes, recipe) if classes else []
         different = len({e.caption for e in survey.examples})
-        for line in list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
+        for line in check.list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
             print(show_name(line))
     if survey.problems:
         say(f"error: {describe_problems(survey.folder, survey.problems)}")
@@ -264,8 +265,9 @@ def train(args: Namespace) -> int:
     check_family(recipe, facts.family, recipe.base)
     side_px = recipe.resolution or facts.resolution_px
     material.cut(recipe, side_px, learnt_repeats(material.examples, recipe), count_processes())
-    if material.prior:
-        material.prior.cut(class_recipe(recipe), side_px, processes=count_processes())
+    classes = material.classes(recipe, side_px, out.with_suffix(".run"))
+    if classes:
+        classes.cut(class_recipe(recipe), side_px, processes=count_processes())
     from .combining.merge import merge_for_good
     from .training.loop import run_training
 
@@ -327,7 +329,8 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     run = out.with_suffix(".run")
     cuts = material.cut(recipe, side_px, learnt_repeats(examples, recipe), count_processes())
     shown = sum(cuts.repeats)
-    class_lines = plan_prior(material.prior, recipe, side_px, count_processes()) if material.prior else []
+    classes = material.classes(recipe, side_px, run)
+    class_lines = plan_prior(classes, recipe, side_px, count_processes()) if classes else []
     wordings = list_wordings([e.caption for e in examples], recipe)
     lines = [
         f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",

@@ -167,7 +167,7 @@ def _train(
     side_px = recipe.resolution or base.resolution_px
     shown = validation.learnt([e.repeats for e in material.examples])
     lessons = Lessons.plan(material, recipe, side_px, shown, processes.count)
-    class_lessons = Lessons.of_prior(material, recipe, side_px, processes.count)
+    class_lessons = Lessons.of_prior(material, recipe, side_px, run.folder, processes.count)
     sources = name_sources(base, recipe) | material.settings(recipe)
     origin = {
         **material.origin(),

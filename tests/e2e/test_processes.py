@@ -123,6 +123,30 @@ def test_masks_and_class_pictures_are_shared_out_with_the_passes(place):
     assert all(b["loss"] > a["loss"] for a, b in zip(rows(plain), rows(two), strict=True))
 
 
+def test_class_pictures_are_drawn_by_one_process_and_sent_to_other_machines(place):
+    one, two = (place / f"{name}-drawn.safetensors" for name in ("one", "two"))
+    more = ["--class-prompt", "a cat", "--class-prompt", "ink", "--class-images", "5", "--batch-size"]
+    (alone,) = launch(place / "printed-one-drawn", words(place, one, *more, "4"))
+    argv = words(place, two, *more, "2")
+    ended = launch(place / "printed-two-drawn", argv, argv)
+    assert [alone.code, *(e.code for e in ended)] == [0, 0, 0], alone.err + ended[0].err
+    check_alike(one, two)
+    drawn = {path.name: path.read_bytes() for path in (Run(one).folder / "class").iterdir()}
+    assert len(drawn) == 11
+    assert {path.name: path.read_bytes() for path in (Run(two).folder / "class").iterdir()} == drawn
+
+    disks = [place / "here", place / "there"]
+    for disk in disks:
+        disk.mkdir()
+    argv = words(place, "two.safetensors", *more, "2")
+    ended = launch(place / "printed-apart", argv, argv, disks=disks)
+    assert [e.code for e in ended] == [0, 0], ended[0].err
+    assert (disks[0] / "two.safetensors").read_bytes() == two.read_bytes()
+    sent = {path.name: path.read_bytes() for path in (disks[1] / "two.run" / "class").iterdir()}
+    assert sent == {name: data for name, data in drawn.items() if name != "drawn.json"}
+    assert not (disks[1] / "two.safetensors").exists()
+
+
 def make_shapes(folder, *sizes):
     folder.mkdir()
     for i, size in enumerate(sizes):

@@ -129,9 +129,9 @@ def test_lessons_count_the_images_of_all_processes(tmp_path):
     recipe = Recipe(buckets=True, batch_size=2, class_data=str(small))
     both = replace(mine, prior=others)
     Lessons.plan(both, recipe, 64, processes=2)
-    assert Lessons.of_prior(both, recipe, 64).examples == others.examples
+    assert Lessons.of_prior(both, recipe, 64, tmp_path).examples == others.examples
     with pytest.raises(DataError, match=f"{small}: a bucket has fewer images an epoch than the 4 of a step"):
-        Lessons.of_prior(both, recipe, 64, processes=2)
+        Lessons.of_prior(both, recipe, 64, tmp_path, processes=2)
 
 
 def test_class_pictures_have_buckets_of_their_own(place, capsys):
