@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,17 @@ def get_context():
     return context
 
 
-def start(folder: Path, *argvs: list[str], module: str = "sdlora.cli", disks: Sequence[Path] = ()) -> list:
+def start(
+    folder: Path,
+    *argvs: list[str],
+    module: str = "sdlora.cli",
+    disks: Sequence[Path] = (),
+    more: Mapping[str, str] | None = None,
+) -> list:
     """Starts a command line in each process; they find each other as torchrun's do. Ends with `finish`.
 
-    With `disks` each is the first of a machine of its own, as far as it can tell, and works in that folder.
+    With `disks` each is the first of a machine of its own, as far as it can tell, and works in that folder. `more` is
+    what else their environment holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -45,6 +52,7 @@ def start(folder: Path, *argvs: list[str], module: str = "sdlora.cli", disks: Se
         found |= {"LOCAL_RANK": 0 if disks else rank, "LOCAL_WORLD_SIZE": 1 if disks else len(argvs)}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = {k: str(v) for k, v in found.items()} if len(argvs) > 1 else {}
+        environment |= dict(more or {})
         environment["SDLORA_CACHE"] = os.environ["SDLORA_CACHE"]
         where = disks[rank] if disks else Path.cwd()
         process = context.Process(target=_run, args=(folder / str(rank), environment, argv, module, where))
@@ -65,9 +73,15 @@ def finish(folder: Path, processes: list, timeout_s: float = 300) -> list[Ended]
     return [Ended(process.exitcode, *texts) for process, texts in zip(processes, read, strict=True)]
 
 
-def launch(folder: Path, *argvs: list[str], disks: Sequence[Path] = ()) -> list[Ended]:
+def launch(
+    folder: Path,
+    *argvs: list[str],
+    module: str = "sdlora.cli",
+    disks: Sequence[Path] = (),
+    environment: Mapping[str, str] | None = None,
+) -> list[Ended]:
     """Runs a command line in each process to its end."""
-    return finish(folder, start(folder, *argvs, disks=disks))
+    return finish(folder, start(folder, *argvs, module=module, disks=disks, more=environment))
 
 
 def _run(place: Path, environment: dict[str, str], argv: list[str], module: str, where: Path) -> None:
