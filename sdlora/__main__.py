@@ -1,7 +1,6 @@
 """`python -m sdlora`."""
 
-import sys
-
 from .cli import main
+from .training.processes import end
 
-sys.exit(main())
+end(main())

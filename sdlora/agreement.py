@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
@@ -13,20 +14,22 @@ if TYPE_CHECKING:
 
 _NEEDS: dict[str, tuple[str, str | bool | None]] = {
     "bucket_step_px": ("buckets", True),
+    "class_images": ("class_prompt", None),
+    "class_prompt": ("class_images", None),
     "crops": ("crop", "random"),
     "huber_c": ("loss", "huber"),
     "huber_schedule": ("loss", "huber"),
     "mask_outside": ("masks", None),
     "max_aspect": ("buckets", True),
     "min_snr_gamma": ("weighting", "min-snr"),
-    "prior_weight": ("class_data", None),
     "pyramid_discount": ("pyramid_noise", None),
     "schedule_cycles": ("schedule", "cosine-restarts"),
     "schedule_power": ("schedule", "polynomial"),
+    "small_buckets": ("buckets", True),
     "upscale": ("buckets", True),
     "validate_every": ("validation_share", None),
 }
-"""Fields that only another field's value gives a use; None is any number above 0, or any text."""
+"""Fields that only another field's value gives a use; None is any number above 0, or any text or texts."""
 
 
 def check_agreement(recipe: Recipe) -> None:
@@ -47,6 +50,7 @@ def check_agreement(recipe: Recipe) -> None:
         )
     _check_optimizer(recipe)
     _check_caption_tools(recipe)
+    _check_class_pictures(recipe)
     if recipe.t_min >= recipe.t_max:
         raise ConfigError(
             f"t_min = {show(recipe.t_min)} and t_max = {show(recipe.t_max)} leave no step to train; "
@@ -84,7 +88,13 @@ def _check_uses(recipe: Recipe) -> None:
         value, found = getattr(recipe, name), getattr(recipe, other)
         used = bool(found) if wanted is None else found == wanted
         if value != _default(recipe, name) and not used:
-            fix = "= " + show(wanted) if wanted is not None else "above 0" if found != "" else f"({_flag(other)})"
+            fix = (
+                "= " + show(wanted)
+                if wanted is not None
+                else "above 0"
+                if found not in ("", ())
+                else f"({_flag(other)})"
+            )
             raise ConfigError(
                 f"{name} = {show(value)} has no use while {other} = {show(found)}; set {other} {fix} or leave it out"
             )
@@ -128,6 +138,26 @@ def _check_caption_tools(recipe: Recipe) -> None:
         raise ConfigError(
             f"keep_tags = {recipe.keep_tags} has no use without shuffle_tags or tag_dropout; set one or leave it out"
         )
+
+
+def _check_class_pictures(recipe: Recipe) -> None:
+    """Raises: ConfigError where nothing is drawn from a prompt, or what is drawn would be no class picture."""
+    if recipe.prior_weight != _default(recipe, "prior_weight") and not (recipe.class_data or recipe.class_prompt):
+        raise ConfigError(
+            f"prior_weight = {show(recipe.prior_weight)} has no use without class pictures; give class_data "
+            "(--class-data) or class_prompt (--class-prompt), or leave it out"
+        )
+    if recipe.class_images < len(recipe.class_prompt):
+        raise ConfigError(
+            f"class_images = {recipe.class_images} cannot show {len(recipe.class_prompt)} class prompts; "
+            f"give {len(recipe.class_prompt)} or more (--class-images)"
+        )
+    for prompt in recipe.class_prompt:
+        if recipe.trigger and re.search(rf"(?<!\w){re.escape(recipe.trigger)}(?!\w)", prompt, re.IGNORECASE):
+            raise ConfigError(
+                f"class_prompt = {show(prompt)} holds the trigger {show(recipe.trigger)}, and class pictures are those "
+                "without it; leave it out of the prompt"
+            )
 
 
 def _flag(name: str) -> str:

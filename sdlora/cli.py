@@ -36,6 +36,7 @@ from .weighing import add_balance, add_grid, run_balance, run_grid
 
 if TYPE_CHECKING:
     from .data.buckets import Cuts
+    from .data.folder import Example
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -152,8 +153,8 @@ def add_check(parser: Parser) -> None:
 
 def run_check(args: Namespace) -> int:
     from .bases.facts import read_base_facts
+    from .data import check
     from .data.buckets import describe_crops, plan_cuts, read_bucketing
-    from .data.check import list_report, note_base, note_masks, report_prior, write_report
     from .data.folder import describe_problems
     from .data.masks import describe_masks, place_crops
     from .data.material import describe_prior, survey_data
@@ -169,24 +170,26 @@ def run_check(args: Namespace) -> int:
         resolution_px = resolution_px or facts.resolution_px
         count = partial(facts.count_tokens, chunks=recipe.max_chunks)
     except BaseModelError as error:
-        note_base(survey, recipe.base, str(error))
+        check.note_base(survey, recipe.base, str(error))
     cuts = plan_cuts(survey.examples, read_bucketing(recipe, resolution_px)) if resolution_px else None
+    classes = check.plan_classes(survey, recipe, resolution_px)
     if cuts and not survey.problems:
         survey.problems += place_crops(recipe, survey.examples, cuts)[1]
-        cuts = leave_out_held(cuts, recipe)
+        cuts = replace(cuts, repeats=tuple(learnt_repeats(survey.examples, recipe)))
+        check.note_short_buckets(survey, cuts, classes, recipe)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
-    report = write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
+    report = check.write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
-    note_masks(report, survey, recipe.masks)
-    report["class_pictures"] = report_prior(survey.prior, recipe, resolution_px, count) if survey.prior else None
+    check.note_masks(report, survey, recipe.masks)
+    report["class_pictures"] = check.report_classes(classes, survey.prior, recipe, resolution_px, count)
     if args.json:
         print_json(report)
     else:
         cut_lines = cuts.describe(recipe.images_per_step) + describe_crops(recipe) if cuts else []
         mask_lines = describe_masks(recipe, list(survey.masks.values()), survey.masks_unused)
-        class_lines = describe_prior(survey.prior.folder, survey.prior.examples, recipe) if survey.prior else []
+        class_lines = describe_prior(classes, recipe) if classes else []
         different = len({e.caption for e in survey.examples})
-        for line in list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
+        for line in check.list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
             print(show_name(line))
     if survey.problems:
         say(f"error: {describe_problems(survey.folder, survey.problems)}")
@@ -251,7 +254,7 @@ def train(args: Namespace) -> int:
     if args.dry_run:
         print_plan(data, recipe, out)
         return 0
-    from .data.material import gather
+    from .data.material import class_recipe, gather
 
     # All that can be wrong shows before torch is imported, a line is printed, or a file is written.
     named = named_files(recipe)
@@ -263,7 +266,11 @@ def train(args: Namespace) -> int:
 
     facts = read_base_facts(recipe.base, recipe.prediction)
     check_family(recipe, facts.family, recipe.base)
-    material.cut(recipe, recipe.resolution or facts.resolution_px)
+    side_px = recipe.resolution or facts.resolution_px
+    material.cut(recipe, side_px, learnt_repeats(material.examples, recipe), count_processes())
+    classes = material.classes(recipe, side_px, out.with_suffix(".run"))
+    if classes:
+        classes.cut(class_recipe(recipe), side_px, processes=count_processes())
     from .combining.merge import merge_for_good
     from .training.loop import run_training
 
@@ -293,13 +300,14 @@ def named_files(recipe: Recipe) -> list[Path]:
     return continued + [parse_lora(text).file for text in recipe.merge]
 
 
-def leave_out_held(cuts: Cuts, recipe: Recipe) -> Cuts:
-    """The cuts with no repeats of the pictures that are held out. Raises: DataError where that leaves none, or all."""
-    if not recipe.validation_share or not cuts.repeats:
-        return cuts
+def learnt_repeats(examples: list[Example], recipe: Recipe) -> list[int]:
+    """How often each picture counts, 0 where it is held out. Raises: DataError where that leaves none, or all."""
+    repeats = [example.repeats for example in examples]
+    if not recipe.validation_share or not repeats:
+        return repeats
     from .training.validation import Validation
 
-    return replace(cuts, repeats=tuple(Validation.of(recipe, len(cuts.repeats)).learnt(list(cuts.repeats))))
+    return Validation.of(recipe, len(repeats)).learnt(repeats)
 
 
 def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
@@ -322,9 +330,10 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     several = f" in {count_processes()} processes" if count_processes() > 1 else ""
     images = recipe.steps * together
     run = out.with_suffix(".run")
-    cuts = leave_out_held(material.cut(recipe, side_px), recipe)
+    cuts = material.cut(recipe, side_px, learnt_repeats(examples, recipe), count_processes())
     shown = sum(cuts.repeats)
-    class_lines = plan_prior(material.prior, recipe, side_px, count_processes()) if material.prior else []
+    classes = material.classes(recipe, side_px, run)
+    class_lines = plan_prior(classes, recipe, side_px, count_processes()) if classes else []
     wordings = list_wordings([e.caption for e in examples], recipe)
     lines = [
         f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",

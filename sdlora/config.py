@@ -127,6 +127,8 @@ class Recipe:
     """Random crops that are made of each picture; each showing draws one."""
     upscale: bool = False
     """Scales pictures up that are too small for every bucket; without it they get smaller buckets."""
+    small_buckets: bool = False
+    """Lets a bucket with fewer images than a step show some twice in it; without it that is an error."""
     masks: str = ""
     """Learns only what is white in masks: alpha for the alpha channels, or a folder of grey pictures named alike."""
     mask_outside: float = 0.0
@@ -153,6 +155,11 @@ class Recipe:
     """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
     class_data: str = ""
     """Folder of captioned class pictures, learnt beside yours, as many in each step, to keep what the base knows."""
+    class_prompt: tuple[str, ...] = ()
+    """Prompt from which the base draws the class pictures that are missing, once, into the run folder; may be given
+    several times, and they take turns."""
+    class_images: int = 0
+    """Class pictures that there should be at least; what class_data has not is drawn from class_prompt."""
     prior_weight: float = 1.0
     """What the class pictures' part of the loss counts."""
     text_encoder: bool = False
@@ -218,6 +225,7 @@ UNDECISIVE = frozenset(
         "continue_from",
         "merge",
         "recompute",
+        "small_buckets",
         "tracker",
         "masks",
         "class_data",

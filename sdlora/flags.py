@@ -24,9 +24,9 @@ RECIPE_GROUPS = {
     "what becomes of captions": (
         "caption_lines", "caption_variants", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards",
     ),
-    "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "crop", "crops"),
+    "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "small_buckets", "crop", "crops"),
     "what of a picture is learnt": ("masks", "mask_outside"),
-    "what the base keeps": ("class_data", "prior_weight"),
+    "what the base keeps": ("class_data", "class_prompt", "class_images", "prior_weight"),
     "what is adapted, and how": (
         "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
         "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",
@@ -47,7 +47,7 @@ RECIPE_GROUPS = {
 _METAVARS = {
     "base": "BASE", "trigger": "TEXT", "resolution": "PX", "preview": "PROMPT", "targets": "NAMES", "blocks": "BLOCKS",
     "block_ranks": "BLOCK=RANK[:ALPHA]", "continue_from": "FILE", "merge": "FILE[:W[:TE]]",
-    "tracker": "NAME", "masks": "alpha|FOLDER", "class_data": "FOLDER",
+    "tracker": "NAME", "masks": "alpha|FOLDER", "class_data": "FOLDER", "class_prompt": "PROMPT",
 }  # fmt: skip
 _FLAGS = {"continue_from": "--continue"}
 """Flags that are not called as their field."""

@@ -32,6 +32,11 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bucket_step_px": (lambda v: 8 <= v <= 1024 and v % 8 == 0, "give a multiple of 8 from 8 to 1024, such as 64"),
     "max_aspect": (lambda v: 1 <= v <= 8, "give a number from 1 to 8, such as 2"),
     "mask_outside": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.1"),
+    "class_prompt": (
+        lambda v: all(p.strip() for p in v) and len({" ".join(p.split()) for p in v}) == len(v),
+        "leave out an empty prompt, and give each once",
+    ),
+    "class_images": (lambda v: 0 <= v <= 100_000, "give 1 to 100000, such as 100, or 0 to draw none"),
     "prior_weight": (lambda v: 0 < v <= 1000, "give a number above 0, such as 1"),
     "crops": (lambda v: 1 <= v <= 100, "give 1 to 100, such as 4"),
     "caption_variants": (lambda v: 1 <= v <= 1000, "give 1 to 1000, such as 8"),

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,19 +30,32 @@ def get_context():
     return context
 
 
-def start(folder: Path, *argvs: list[str], module: str = "sdlora.cli") -> list:
-    """Starts a command line in each process; they find each other as torchrun's do. Ends with `finish`."""
+def start(
+    folder: Path,
+    *argvs: list[str],
+    module: str = "sdlora.cli",
+    disks: Sequence[Path] = (),
+    more: Mapping[str, str] | None = None,
+) -> list:
+    """Starts a command line in each process; they find each other as torchrun's do. Ends with `finish`.
+
+    With `disks` each is the first of a machine of its own, as far as it can tell, and works in that folder. `more` is
+    what else their environment holds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     context, processes = get_context(), []
     for rank, argv in enumerate(argvs):
-        found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(argvs), "LOCAL_WORLD_SIZE": len(argvs)}
+        found = {"RANK": rank, "WORLD_SIZE": len(argvs)}
+        found |= {"LOCAL_RANK": 0 if disks else rank, "LOCAL_WORLD_SIZE": 1 if disks else len(argvs)}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = {k: str(v) for k, v in found.items()} if len(argvs) > 1 else {}
+        environment |= dict(more or {})
         environment["SDLORA_CACHE"] = os.environ["SDLORA_CACHE"]
-        process = context.Process(target=_run, args=(folder / str(rank), environment, argv, module))
+        where = disks[rank] if disks else Path.cwd()
+        process = context.Process(target=_run, args=(folder / str(rank), environment, argv, module, where))
         process.start()
         processes.append(process)
     return processes
@@ -59,12 +73,18 @@ def finish(folder: Path, processes: list, timeout_s: float = 300) -> list[Ended]
     return [Ended(process.exitcode, *texts) for process, texts in zip(processes, read, strict=True)]
 
 
-def launch(folder: Path, *argvs: list[str]) -> list[Ended]:
+def launch(
+    folder: Path,
+    *argvs: list[str],
+    module: str = "sdlora.cli",
+    disks: Sequence[Path] = (),
+    environment: Mapping[str, str] | None = None,
+) -> list[Ended]:
     """Runs a command line in each process to its end."""
-    return finish(folder, start(folder, *argvs))
+    return finish(folder, start(folder, *argvs, module=module, disks=disks, more=environment))
 
 
-def _run(place: Path, environment: dict[str, str], argv: list[str], module: str) -> None:
+def _run(place: Path, environment: dict[str, str], argv: list[str], module: str, where: Path) -> None:
     import importlib
 
     import torch
@@ -74,6 +94,7 @@ def _run(place: Path, environment: dict[str, str], argv: list[str], module: str)
         os.dup2(opened, number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
+    os.chdir(where)
     torch.set_num_threads(1)
     code = importlib.import_module(module).main(argv)
     sys.stdout.flush()

@@ -9,7 +9,7 @@ import importlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -123,13 +123,22 @@ class Nf4Weight(QuantisedWeight):
 class QuantisedLinear(nn.Linear):
     """A frozen linear layer whose `weight` is a QuantisedWeight; passes gradients to x and keeps nothing for that."""
 
-    weight: QuantisedWeight  # type: ignore[assignment]
-
     def __init__(self, linear: nn.Linear, kind: Quantisation) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.weight = (Int8Weight if kind == "int8" else Nf4Weight).of(linear.weight)
+        self._packed = (Int8Weight if kind == "int8" else Nf4Weight).of(linear.weight)
         self.training = linear.training
+
+    @property
+    def weight(self) -> QuantisedWeight:  # type: ignore[override]
+        """The weight in few bits, with its codes as they are now."""
+        codes = self._parameters.get("codes")
+        return self._packed if codes is None else replace(self._packed, codes=codes)
+
+    def expose_codes(self) -> None:
+        """Makes the codes a parameter of the layer, for what splits a module's parameters between processes."""
+        self.codes = nn.Parameter(self._packed.codes, requires_grad=False)
+        self._packed = replace(self._packed, codes=self._packed.codes.new_empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]

@@ -203,21 +203,31 @@ class Cuts:
         """The pictures of a bucket, by their place."""
         return [i for i, cut in enumerate(self.cuts) if cut.size == size]
 
+    def images(self, size: Size) -> int:
+        """A bucket's images in an epoch, repeats counted; 0 where all are held out."""
+        return sum(self.repeats[i] for i in self.members(size))
+
+    def list_short(self, together: int) -> list[Size]:
+        """The buckets, of several that are learnt, which have too few images to fill a step of `together` once."""
+        learnt = [size for size in self.sizes if self.images(size)]
+        return [size for size in learnt if self.images(size) < together] if len(learnt) > 1 else []
+
     def describe(self, together: int) -> list[str]:
         """Lines for a person: each bucket, what it cuts away, what is scaled up, and which are short of a step."""
         if not self.bucketing.step_px:
             return self._describe_square()
-        lines = []
+        lines, short = [], self.list_short(together)
         for size in self.sizes:
             places = self.members(size)
             line = f"bucket {size[0]} x {size[1]} px: {count(len(places), 'picture')}, {self._describe_loss(places)}"
-            images = sum(self.repeats[i] for i in places)
+            images = self.images(size)
             if not images:
                 line += "; all held out"
-            elif images < together and len(self.sizes) > 1:
+            elif size in short:
+                are = "is" if images == 1 else "are"
                 line += (
-                    f"; its {count(images, 'image')} an epoch are fewer than the {together} of a step, which it fills "
-                    f"by repeating them, once in about {together / images:.2g} epochs"
+                    f"; its {count(images, 'image')} an epoch {are} fewer than the {together} of a step, which it "
+                    f"fills by repeating them, once in about {together / images:.2g} epochs"
                 )
             lines.append(line)
         regular = set(self.bucketing.sizes)

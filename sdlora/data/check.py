@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
 from .buckets import Cuts, plan_cuts, read_bucketing
+from .drawn import FOLDER, list_drawn
 from .folder import Problem, Survey
 from .likeness import group_alike
-from .material import class_recipe
+from .material import Material, class_recipe, find_short_buckets
 from .variants import list_wordings
 
+PLACE = Path("the run folder") / FOLDER
+"""Where class pictures will lie that are drawn by a run whose folder is not known yet."""
 Counter = Callable[[list[str]], tuple[list[int], int]]
 """Captions -> each one's length in tokens, and how many tokens the base reads."""
 
@@ -81,13 +85,29 @@ def note_masks(report: dict[str, Any], survey: Survey, source: str) -> None:
     report["masks"] = {"source": source, "kept": kept, "of_no_picture": survey.masks_unused} if source else None
 
 
-def report_prior(survey: Survey, recipe: Recipe, side_px: int | None, count_tokens: Counter | None) -> dict[str, Any]:
-    """The same document as `write_report`'s for the class pictures, with their folder."""
+def plan_classes(survey: Survey, recipe: Recipe, side_px: int | None) -> Material | None:
+    """The class pictures, those that the base would draw among them; None without any."""
+    given = survey.prior.examples if survey.prior else []
+    drawn = list_drawn(recipe, given, side_px or 0, PLACE)
+    folder = survey.prior.folder if survey.prior else PLACE
+    return Material(folder, given + drawn, drawn=len(drawn)) if given or drawn or survey.prior else None
+
+
+def report_classes(
+    classes: Material | None, given: Survey | None, recipe: Recipe, side_px: int | None, count_tokens: Counter | None
+) -> dict[str, Any] | None:
+    """The same document as `write_report`'s for the class pictures, with their folder and how many are to be drawn.
+
+    `given` is the survey of those that are there, whose pictures and problems it counts. None without any.
+    """
+    if classes is None:
+        return None
     own = class_recipe(recipe)
-    cuts = plan_cuts(survey.examples, read_bucketing(own, side_px)) if side_px else None
-    wordings = list_wordings([e.caption for e in survey.examples], own)
+    cuts = plan_cuts(classes.examples, read_bucketing(own, side_px)) if side_px else None
+    wordings = list_wordings([e.caption for e in classes.examples], own)
+    survey = replace(given or Survey(classes.folder), examples=classes.examples)
     report = write_report(survey, cuts, count_tokens, own.steps, own.images_per_step, wordings)
-    return {"folder": str(survey.folder), **report}
+    return {"folder": str(classes.folder) if given else None, "drawn": classes.drawn, **report}
 
 
 def list_report(
@@ -112,7 +132,7 @@ def list_report(
     lines += [f"masks             {line}" for line in mask_lines]
     lines += [f"class             {line}" for line in class_lines]
     prior = report.get("class_pictures") or {}
-    long = [{**row, "file": f"{prior['folder']}/{row['file']}"} for row in prior.get("truncated") or []]
+    long = [{**row, "file": f"{prior['folder'] or PLACE.parent}/{row['file']}"} for row in prior.get("truncated") or []]
     for row in (report["truncated"] or []) + long:
         lines.append(f"caption too long  {row['file']}: {row['tokens']} tokens, the base reads {row['limit']}")
     lines += [f"same picture      {', '.join(names)}" for names in report["duplicates"]]
@@ -121,6 +141,15 @@ def list_report(
     if not report["problems"]:
         lines.append("ready to train")
     return lines
+
+
+def note_short_buckets(survey: Survey, cuts: Cuts, classes: Material | None, recipe: Recipe) -> None:
+    """Adds buckets that are too small for a step to the folder's problems, those of the class pictures too."""
+    survey.problems += find_short_buckets(survey.folder, cuts, recipe)
+    if classes:
+        own = class_recipe(recipe)
+        own_cuts = plan_cuts(classes.examples, read_bucketing(own, cuts.bucketing.resolution_px))
+        survey.problems += find_short_buckets(classes.folder, own_cuts, own)
 
 
 def note_base(survey: Survey, base: str, message: str) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..errors import DataError
-from .buckets import Cuts, count, describe_crops, plan_cuts, read_bucketing
+from .buckets import Cuts, count, describe_crops, name_few, plan_cuts, read_bucketing
+from .drawn import FOLDER, check_place, describe_drawn, list_drawn
 from .folder import Example, Problem, Survey, describe_problems, digest, survey_folder
 from .masks import ALPHA, Places, add_masks, digest_masks, place_crops
 from .variants import describe_wordings, list_wordings
+
+_MOST_NAMED = 4
+"""How many buckets one message names."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,36 @@ class Material:
     masks_unused: list[str] = field(default_factory=list)
     """Masks that belong to no picture."""
     prior: Material | None = None
-    """The class pictures."""
+    """The class pictures that are given."""
+    drawn: int = 0
+    """How many of the examples, the last ones, the base draws itself; their files need not be there yet."""
 
-    def cut(self, recipe: Recipe, side_px: int) -> Cuts:
-        """Every picture's cut. Raises: DataError where one leaves nothing of a mask; else as `read_bucketing`."""
+    def classes(self, recipe: Recipe, side_px: int, run: Path) -> Material | None:
+        """The class pictures, those that are given and those that the base draws into the run folder; None without any.
+
+        Raises: ConfigError where the run folder is within the folder of the given ones.
+        """
+        place = run / FOLDER
+        given = self.prior.examples if self.prior else []
+        drawn = list_drawn(recipe, given, side_px, place)
+        if self.prior is None:
+            return Material(place, drawn, drawn=len(drawn)) if drawn else None
+        if drawn:
+            check_place(self.prior.folder, place)
+        return replace(self.prior, examples=given + drawn, drawn=len(drawn))
+
+    def cut(self, recipe: Recipe, side_px: int, repeats: list[int] | None = None, processes: int = 1) -> Cuts:
+        """Every picture's cut; `repeats` is how often each counts, its own where None.
+
+        Raises: DataError where one leaves nothing of a mask, or a bucket is too small; else as `read_bucketing`.
+        """
         cuts = plan_cuts(self.examples, read_bucketing(recipe, side_px))
+        if repeats is not None:
+            cuts = replace(cuts, repeats=tuple(repeats))
         self.place(recipe, cuts)
+        problems = find_short_buckets(self.folder, cuts, recipe, processes)
+        if problems:
+            raise DataError(describe_problems(self.folder, problems))
         return cuts
 
     def place(self, recipe: Recipe, cuts: Cuts) -> Places | None:
@@ -61,7 +89,8 @@ def class_recipe(recipe: Recipe) -> Recipe:
     """The recipe as it is for class pictures: no trigger, mask or validation, and draws by a seed of their own."""
     own = hashlib.sha256(f"{recipe.seed}/class".encode()).digest()
     default = Recipe()
-    without = ("trigger", "masks", "mask_outside", "class_data", "prior_weight", "validation_share", "validate_every")
+    without = ["trigger", "masks", "mask_outside", "validation_share", "validate_every"]
+    without += ["class_data", "class_prompt", "class_images", "prior_weight"]
     values = {name: getattr(default, name) for name in without}
     return replace(recipe, seed=int.from_bytes(own[:8], "big") >> 1, **values)
 
@@ -80,6 +109,34 @@ def survey_data(folder: str | Path, recipe: Recipe) -> Survey:
             problem = "is the data folder itself, and cannot be its class pictures too"
             survey.problems.append(Problem(str(root), problem, "give another folder with class_data (--class-data)"))
     return survey
+
+
+def find_short_buckets(folder: Path, cuts: Cuts, recipe: Recipe, processes: int = 1) -> list[Problem]:
+    """The buckets that cannot fill a step without showing a picture twice in it, as one problem, or none.
+
+    A folder that is one bucket is what the person gave, whatever its size: that is no problem.
+    """
+    together = recipe.images_per_step * processes
+    short = [] if recipe.small_buckets else cuts.list_short(together)
+    if not short:
+        return []
+    found = []
+    for width, height in short[:_MOST_NAMED]:
+        names = [cuts.names[i] for i in cuts.members((width, height)) if cuts.repeats[i]]
+        found.append(f"{width} x {height} px has {cuts.images((width, height))} ({name_few(names, 2)})")
+    more = f", and {len(short) - _MOST_NAMED} more" if len(short) > _MOST_NAMED else ""
+    these = "a bucket has" if len(short) == 1 else f"{len(short)} buckets have"
+    problem = (
+        f"{these} fewer images an epoch than the {together} of a step, so that a step would show one twice: "
+        f"{', '.join(found)}{more}"
+    )
+    side_px, wider = cuts.bucketing.resolution_px, cuts.bucketing.step_px * 2
+    coarser = f", a bucket_step_px of {wider}" if wider <= side_px // 2 and side_px % wider == 0 else ""
+    fix = (
+        f"give a smaller batch_size or accumulation{coarser}, more repeats (a subfolder called {together}_name), "
+        "or allow it with small_buckets = true (--small-buckets)"
+    )
+    return [Problem(str(folder), problem, fix)]
 
 
 def _of_class(problem: Problem, root: Path) -> Problem:
@@ -112,22 +169,25 @@ def _locate(folders: list[Path]) -> set[tuple[int, int]]:
     return places
 
 
-def describe_prior(folder: Path, examples: list[Example], recipe: Recipe, processes: int = 1) -> list[str]:
-    """A line on the class pictures, where there are any: how many, what a step has of them, and what they count."""
-    shown = sum(e.repeats for e in examples)
+def describe_prior(classes: Material, recipe: Recipe, processes: int = 1) -> list[str]:
+    """Lines on the class pictures: how many, what a step has of them, what they count, and which the base draws."""
+    examples, shown = classes.examples, sum(e.repeats for e in classes.examples)
     if not shown:
         return []
     together = recipe.images_per_step * processes
     epochs = recipe.steps * together / shown
+    drawn = examples[len(examples) - classes.drawn :]
+    beside = f" and {classes.drawn} drawn" if 0 < classes.drawn < len(examples) else ""
     return [
-        f"{folder}: {count(len(examples), 'class picture')}, {together} in each step beside yours "
-        f"({epochs:.3g} epochs), their loss times {recipe.prior_weight:g}"
+        f"{classes.folder}{beside}: {count(len(examples), 'class picture')}, {together} in each step beside yours "
+        f"({epochs:.3g} epochs), their loss times {recipe.prior_weight:g}",
+        *describe_drawn(recipe, drawn, len(examples) - len(drawn)),
     ]
 
 
-def plan_prior(prior: Material, recipe: Recipe, side_px: int, processes: int = 1) -> list[str]:
-    """All that becomes of the class pictures, as lines. Raises: ConfigError where buckets do not fit the resolution."""
+def plan_prior(classes: Material, recipe: Recipe, side_px: int, processes: int = 1) -> list[str]:
+    """All that becomes of the class pictures, as lines. Raises: as `Material.cut`."""
     own = class_recipe(recipe)
-    wordings = list_wordings([e.caption for e in prior.examples], own)
-    lines = prior.cut(own, side_px).describe(own.images_per_step * processes) + describe_crops(own)
-    return describe_prior(prior.folder, prior.examples, recipe, processes) + lines + describe_wordings(wordings, own)
+    wordings = list_wordings([e.caption for e in classes.examples], own)
+    lines = classes.cut(own, side_px, processes=processes).describe(own.images_per_step * processes)
+    return describe_prior(classes, recipe, processes) + lines + describe_crops(own) + describe_wordings(wordings, own)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ..bases.family import Base
 from ..config import Recipe
-from ..data.buckets import Cuts, describe_crops, plan_cuts, read_bucketing
+from ..data.buckets import Cuts, describe_crops
 from ..data.cache import Encoded, encode_folder
 from ..data.folder import Example
 from ..data.masks import Places
 from ..data.material import Material, class_recipe, describe_prior
 from ..data.store import Store
 from ..data.variants import describe_wordings, list_wordings
+from .class_pictures import provide_drawn
 from .processes import Processes
 
 
@@ -30,25 +31,27 @@ class Lessons:
     places: Places | None
     lines: tuple[str, ...] = ()
     """What is to be said before the rest."""
+    drawn: int = 0
+    """How many of the examples, the last ones, are to be drawn first."""
 
     @classmethod
-    def plan(cls, material: Material, recipe: Recipe, side_px: int, repeats: list[int]) -> Lessons:
-        """Plans every cut; `repeats` is how often each example counts in an epoch.
-
-        Raises: DataError where a cut leaves nothing of a mask; ConfigError where buckets do not fit the resolution.
-        """
-        cuts = replace(plan_cuts(material.examples, read_bucketing(recipe, side_px)), repeats=tuple(repeats))
+    def plan(
+        cls, material: Material, recipe: Recipe, side_px: int, repeats: list[int] | None = None, processes: int = 1
+    ) -> Lessons:
+        """Plans every cut; `repeats` is how often each example counts in an epoch. Raises: as `Material.cut`."""
+        cuts = material.cut(recipe, side_px, repeats, processes)
         return cls(material.examples, recipe, side_px, cuts, material.place(recipe, cuts))
 
     @classmethod
-    def of_prior(cls, material: Material, recipe: Recipe, side_px: int, processes: int = 1) -> Lessons | None:
-        """The class pictures' lessons, where there are any."""
-        if material.prior is None:
+    def of_prior(
+        cls, material: Material, recipe: Recipe, side_px: int, run: Path, processes: int = 1
+    ) -> Lessons | None:
+        """The class pictures' lessons, where there are any; the base draws what is missing into the run folder."""
+        classes = material.classes(recipe, side_px, run)
+        if classes is None:
             return None
-        prior = material.prior
-        repeats = [e.repeats for e in prior.examples]
-        lessons = cls.plan(prior, class_recipe(recipe), side_px, repeats)
-        return replace(lessons, lines=tuple(describe_prior(prior.folder, prior.examples, recipe, processes)))
+        lessons = cls.plan(classes, class_recipe(recipe), side_px, processes=processes)
+        return replace(lessons, lines=tuple(describe_prior(classes, recipe, processes)), drawn=classes.drawn)
 
     def encode(self, base: Base, cache: Path | None, say: Callable[[str], None], processes: Processes) -> Encoded:
         """Encodes the examples as the recipe shows them, saying first what becomes of pictures and captions.
@@ -58,9 +61,11 @@ class Lessons:
         """
         recipe = self.recipe
         wordings = list_wordings([e.caption for e in self.examples], recipe)
+        first = len(self.examples) - self.drawn
         lines = list(self.lines) + self.cuts.describe(recipe.images_per_step * processes.count) + describe_crops(recipe)
         for line in lines + describe_wordings(wordings, recipe):
             say(line)
+        provide_drawn(base, recipe, self.examples[first:], processes)
         encode = partial(
             encode_folder,
             base,

@@ -17,7 +17,7 @@ from ..adapter.delta import Adapter
 from ..adapter.file import read_adapter, write_adapter
 from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
-from ..bases.quantisation import check_quantise, quantise_base
+from ..bases.quantisation import check_quantise, copy_tree, quantise_base
 from ..config import Recipe
 from ..data.cache import Encoded
 from ..data.folder import Example
@@ -156,6 +156,8 @@ def _train(
     cache: Path | None = None,
 ) -> Adapter:
     base = replace(base, modules=dict(base.modules))  # what is released below stays with whoever else holds it
+    if processes.split:  # so does what is split
+        base.modules["unet"] = copy_tree(base.unet, {})
     recipe = replace(recipe, precision=_PRECISIONS[base.dtype])
     if recipe.precision == "fp16" and base.device.type == "cpu":
         raise RunError("precision fp16 needs a GPU to train; use bf16 or fp32")
@@ -166,14 +168,15 @@ def _train(
     layers.detach_from_base()
     side_px = recipe.resolution or base.resolution_px
     shown = validation.learnt([e.repeats for e in material.examples])
-    lessons = Lessons.plan(material, recipe, side_px, shown)
-    class_lessons = Lessons.of_prior(material, recipe, side_px, processes.count)
+    lessons = Lessons.plan(material, recipe, side_px, shown, processes.count)
+    class_lessons = Lessons.of_prior(material, recipe, side_px, run.folder, processes.count)
     sources = name_sources(base, recipe) | material.settings(recipe)
     origin = {
         **material.origin(),
         "base's weights": base.fingerprint,
         "LoRA that is continued": sources.get("continued"),
         "number of processes": processes.count if processes.count > 1 else None,
+        "splitting of the base": "FSDP" if processes.split else None,
     }
     processes.check_same(list_settings(base, recipe) | origin)
     with run.locked() if processes.main else nullcontext():
@@ -187,7 +190,9 @@ def _train(
                 classes = class_lessons.encode(base, cache, say, processes) if class_lessons else None
                 prior = Prior.of(base, classes, recipe, processes.count)
                 previews = Previews.of(base, recipe, run.previews, side_px)
-                release(base, recipe, draws=processes.main)
+                release(base, recipe, draws=processes.main or processes.split is not None)
+                if processes.split:
+                    say(processes.split.divide(base))
                 layers.attach()
                 try:
                     for line in ("; ".join([layers.describe(), *describe_settings(recipe)]), *advise(recipe)):
@@ -260,6 +265,8 @@ def fit(
             with processes.agreed() if saving or record.due(step + 1) else nullcontext():
                 if processes.main:
                     record.add(row, saving)
+                elif processes.split:
+                    record.accompany(step + 1)
             if stopping and not last:
                 done = f"stopped after step {step + 1} of {recipe.steps}, state saved in {run.folder}"
                 raise mark_told(RunInterrupted(f"{done}; run the same command again to go on"))

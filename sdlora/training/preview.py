@@ -45,15 +45,8 @@ class Previews:
 
     def draw(self, base: Base, step: int) -> list[Path]:
         """Writes `step-000100-0.png` and so on; one that cannot be drawn is a line on the screen, not the run's end."""
-        side_px = self.resolution_px
-        pictures: dict[int, Image.Image] = {}
         try:
-            for wording in self.wordings or encode_prompts(base, self.prompts, clip_skip=self.clip_skip):
-                seeds = [self.seeds[row] for row in wording.rows]
-                drawn = sample_encoded(
-                    base, wording.text, wording.negative, seeds=seeds, width_px=side_px, height_px=side_px
-                )
-                pictures |= dict(zip(wording.rows, drawn, strict=True))
+            pictures = self.sample(base)
         except SdloraError as e:
             say(f"no preview after step {step}: {e}")
             return []
@@ -65,3 +58,15 @@ class Previews:
             paths.append(self.folder / f"step-{step:06d}-{i}.png")
             write_atomic(paths[-1], data.getvalue())
         return paths
+
+    def sample(self, base: Base) -> dict[int, Image.Image]:
+        """The prompts' pictures, by their places. Raises: ConfigError where one is not finite."""
+        side_px = self.resolution_px
+        pictures: dict[int, Image.Image] = {}
+        for wording in self.wordings or encode_prompts(base, self.prompts, clip_skip=self.clip_skip):
+            seeds = [self.seeds[row] for row in wording.rows]
+            drawn = sample_encoded(
+                base, wording.text, wording.negative, seeds=seeds, width_px=side_px, height_px=side_px
+            )
+            pictures |= dict(zip(wording.rows, drawn, strict=True))
+        return pictures

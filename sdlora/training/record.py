@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from ..bases.family import Base
 from ..config import Recipe
 from ..data.cache import Encoded
+from ..errors import SdloraError
 from .metrics import Metrics
 from .preview import Previews
 from .progress import Progress
@@ -56,6 +58,15 @@ class Record:
                 self.previews.draw(self.base, step)
         if saving:
             self.save(step)
+
+    def accompany(self, step: int) -> None:
+        """Runs the base as `add` does, for a main process that cannot alone, its base being split; keeps nothing."""
+        if self.validation.due(step):
+            with self.state.averages.shown():
+                self.validation.measure(self.base, self.encoded)
+        if self.previews.due(step, self.recipe.steps):
+            with self.state.averages.shown(), suppress(SdloraError):  # the main process says it
+                self.previews.sample(self.base)
 
     def save(self, step: int) -> None:
         """Saves the state after `step` steps."""

@@ -36,7 +36,7 @@ def _objective(recipe: Recipe) -> list[str]:
     if recipe.masks:
         source = "alpha" if recipe.masks == "alpha" else "a folder"
         lines.append(f"masks from {source}, {recipe.mask_outside:g} outside")
-    if recipe.class_data:
+    if recipe.class_data or recipe.class_prompt:
         lines.append(f"class pictures' loss times {recipe.prior_weight:g}")
     if recipe.loss == "huber":
         lines.append(f"huber loss, c {recipe.huber_c:g}, schedule {recipe.huber_schedule}")

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures import make_folder
+from short_runs import rows, train_until
 from stacks import hash_base, random_adapter
 from tiny import make_tiny_base
 
@@ -20,10 +21,7 @@ from sdlora.adapter import Dora, file_sha256, find_module, read_adapter, write_a
 from sdlora.adapter.layers import LoraLayers
 from sdlora.config import Recipe
 from sdlora.errors import AdapterFileError, ConfigError, RunError
-from sdlora.training import loop
 from sdlora.training.loop import train_adapter
-from sdlora.training.metrics import read_rows
-from sdlora.training.run import Run
 
 RECIPE = Recipe(
     steps=6, batch_size=2, accumulation=2, rank=2, warmup_steps=1, precision="fp32", checkpoint_every=2,
@@ -39,14 +37,6 @@ def folder(tmp_path_factory):
 
 def change(**values):
     return dataclasses.replace(RECIPE, **values)
-
-
-def rows(out):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Run(out).metrics)]
-
-
-class Stop(Exception):
-    """The end of a process, as far as the run can tell."""
 
 
 CHOICES = {
@@ -66,18 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
     before = hash_base(base)
     train_adapter(folder, base, recipe, whole)
     assert hash_base(base) == before
-    original, calls = loop.rate_factor, [0]
-
-    def stop(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 4:
-            raise Stop
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "rate_factor", stop)
-        with pytest.raises(Stop):
-            train_adapter(folder, make_tiny_base(), recipe, parts)
+    train_until(monkeypatch, 4, folder, make_tiny_base(), recipe, parts)
     train_adapter(folder, make_tiny_base(), recipe, parts)
     assert parts.read_bytes() == whole.read_bytes()
     assert rows(parts) == rows(whole)

@@ -14,29 +14,20 @@ from sdlora.bases.family import load_base
 from sdlora.bases.sampling import sample
 from sdlora.cli import main
 from sdlora.combining.plan import Plan
-from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.data.material import class_recipe
 from sdlora.errors import DataError, RunError
-from sdlora.training import loop
 from sdlora.training.loop import train_adapter
-from sdlora.training.metrics import read_rows
 from sdlora.training.objective import Objective
 from sdlora.training.prior import Prior
 from sdlora.training.processes import Processes
-from sdlora.training.run import Run
 from sdlora.training.setup import make_accelerator
 from sdlora.training.step import accumulate, chances_of
 from sdlora.training.validation import Validation
 from tests.pictures import make_folder
+from tests.short_runs import change, losses, train_until
 from tests.tiny import make_tiny_base, save_tiny_pipeline
-
-RECIPE = Recipe(steps=4, batch_size=2, rank=2, warmup_steps=1, precision="fp32", checkpoint_every=2, learning_rate=1e-2)
-
-
-def change(**values):
-    return dataclasses.replace(RECIPE, **values)
 
 
 def make_class(folder: Path, sizes=((64, 64),) * 3, caption: str = "a cat") -> Path:
@@ -45,10 +36,6 @@ def make_class(folder: Path, sizes=((64, 64),) * 3, caption: str = "a cat") -> P
         Image.linear_gradient("L").rotate(90 * i).resize(size).convert("RGB").save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
-
-
-class Stop(Exception):
-    """The end of a process, as far as the run can tell."""
 
 
 def encode(base, folder):
@@ -108,8 +95,8 @@ def test_run_with_class_pictures_resumes_and_a_changed_folder_is_refused(tmp_pat
     data = make_folder(tmp_path / "data", 4)
     folder = make_class(tmp_path / "class", [(64, 64), (96, 48), (48, 96)])
     recipe = change(
-        class_data=str(folder), prior_weight=0.7, buckets=True, crop="random", crops=2, accumulation=2,
-        text_encoder=True, trigger="ink", dropout=0.1, validation_share=0.25,
+        class_data=str(folder), prior_weight=0.7, buckets=True, small_buckets=True, crop="random", crops=2,
+        accumulation=2, text_encoder=True, trigger="ink", dropout=0.1, validation_share=0.25,
     )  # fmt: skip
     whole, parts, plain = (tmp_path / f"{name}.safetensors" for name in ("whole", "parts", "plain"))
     adapter = train_adapter(data, make_tiny_base(), recipe, whole)
@@ -119,18 +106,7 @@ def test_run_with_class_pictures_resumes_and_a_changed_folder_is_refused(tmp_pat
     assert "bucket 80 x 48 px: 1 picture" in said
     assert str(tmp_path) not in json.dumps(adapter.card.settings)
     assert len(adapter.card.settings["class_data"]) == 64
-    original, calls = loop.rate_factor, [0]
-
-    def stop(*args, **options):
-        calls[0] += 1
-        if calls[0] == 4:
-            raise Stop
-        return original(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "rate_factor", stop)
-        with pytest.raises(Stop):
-            train_adapter(data, make_tiny_base(), recipe, parts)
+    train_until(monkeypatch, 4, data, make_tiny_base(), recipe, parts)
     (folder / "1.txt").write_text("two cats")
     with pytest.raises(RunError, match=r"the class pictures or their captions \(class_data\) changed"):
         train_adapter(data, make_tiny_base(), recipe, parts)
@@ -141,8 +117,7 @@ def test_run_with_class_pictures_resumes_and_a_changed_folder_is_refused(tmp_pat
     train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, class_data=str(tmp_path / "moved")), parts)
     assert parts.read_bytes() == whole.read_bytes()
     train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, class_data="", prior_weight=1.0), plain)
-    rows = [[row["loss"] for row in read_rows(Run(out).metrics)] for out in (plain, whole)]
-    assert all(b > a for a, b in zip(*rows, strict=True))
+    assert all(b > a for a, b in zip(losses(plain), losses(whole), strict=True))
 
 
 @pytest.mark.slow

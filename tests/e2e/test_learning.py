@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from optimizers import ScheduleFree, make_module
 from pictures import make_folder
+from short_runs import rows, train_until
 from tiny import make_tiny_base
 
 from sdlora.adapter.layers import attach
@@ -20,10 +21,9 @@ from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import ConfigError, DataError
-from sdlora.training import lessons, loop
+from sdlora.training import lessons
 from sdlora.training.draws import Chances, generator
 from sdlora.training.loop import describe_run, train_adapter
-from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
 from sdlora.training.validation import Validation, hold_out
 
@@ -39,30 +39,11 @@ def change(**values):
     return dataclasses.replace(RECIPE, **values)
 
 
-def rows(out):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Run(out).metrics)]
-
-
-class Stop(Exception):
-    """The end of a process, as far as the run can tell."""
-
-
 def hold_resume(folder, tmp_path, monkeypatch, recipe):
     """Trains at once, and again with a stop in its fifth step; both must be the same. Returns the adapter and file."""
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     adapter = train_adapter(folder, make_tiny_base(), recipe, whole)
-    original, calls = loop.rate_factor, [0]
-
-    def stop(*args, **options):
-        calls[0] += 1
-        if calls[0] == 5:
-            raise Stop
-        return original(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "rate_factor", stop)
-        with pytest.raises(Stop):
-            train_adapter(folder, make_tiny_base(), recipe, parts)
+    train_until(monkeypatch, 5, folder, make_tiny_base(), recipe, parts)
     train_adapter(folder, make_tiny_base(), recipe, parts)
     assert parts.read_bytes() == whole.read_bytes()
     assert rows(parts) == rows(whole)
@@ -182,9 +163,9 @@ def test_buckets_wordings_and_crops_go_with_shaped_noise_averages_and_validation
         Image.new("RGB", size, (40 * i, 90, 200 - 20 * i)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(f"cat, {'abcdef'[i]}, ink" + ("\nink, cap" if i % 2 else ""))
     recipe = change(
-        buckets=True, crop="random", crops=2, caption_lines=True, caption_variants=3, shuffle_tags=True,
-        caption_dropout=0.5, text_encoder=True, loss="huber", noise_offset=0.1, pyramid_noise=3, ema_decay=0.9,
-        validation_share=0.5, optimizer="adafactor",
+        buckets=True, small_buckets=True, crop="random", crops=2, caption_lines=True, caption_variants=3,
+        shuffle_tags=True, caption_dropout=0.5, text_encoder=True, loss="huber", noise_offset=0.1, pyramid_noise=3,
+        ema_decay=0.9, validation_share=0.5, optimizer="adafactor",
     )  # fmt: skip
     captions, original = set(), Chances.draw
 

@@ -12,22 +12,13 @@ from PIL import Image
 from sdlora.adapter.layers import attach
 from sdlora.bases.family import load_base
 from sdlora.cli import main
-from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import DataError, RunError
-from sdlora.training import loop
 from sdlora.training.loop import train_adapter
-from sdlora.training.metrics import read_rows
-from sdlora.training.run import Run
 from tests.pictures import make_folder
+from tests.short_runs import SHORT, change, losses, train_until
 from tests.tiny import make_tiny_base, save_tiny_pipeline
-
-RECIPE = Recipe(steps=4, batch_size=2, rank=2, warmup_steps=1, precision="fp32", checkpoint_every=2, learning_rate=1e-2)
-
-
-def change(**values):
-    return dataclasses.replace(RECIPE, **values)
 
 
 def make_masks(folder: Path, count: int, white: slice = slice(0, 32), side_px: int = 64) -> Path:
@@ -39,17 +30,9 @@ def make_masks(folder: Path, count: int, white: slice = slice(0, 32), side_px: i
     return folder
 
 
-def losses(out):
-    return [row["loss"] for row in read_rows(Run(out).metrics)]
-
-
-class Stop(Exception):
-    """The end of a process, as far as the run can tell."""
-
-
 def test_white_masks_change_no_bit_and_black_halves_do(tmp_path):
     data = make_folder(tmp_path / "data", 3)
-    train_adapter(data, make_tiny_base(), RECIPE, tmp_path / "plain.safetensors")
+    train_adapter(data, make_tiny_base(), SHORT, tmp_path / "plain.safetensors")
     for name, white in (("white", slice(None)), ("half", slice(0, 32))):
         masks = make_masks(tmp_path / name, 3, white)
         recipe = change(masks=str(masks))
@@ -72,24 +55,13 @@ def test_masked_run_resumes_with_buckets_crops_accumulation_and_a_text_encoder(t
         (data / f"{i}.txt").write_text("a cat")
         Image.linear_gradient("L").resize(size).save(masks / f"{i}.png")
     recipe = change(
-        masks=str(masks), mask_outside=0.1, buckets=True, crop="random", crops=2, accumulation=2, text_encoder=True,
-        validation_share=0.25,
+        masks=str(masks), mask_outside=0.1, buckets=True, small_buckets=True, crop="random", crops=2, accumulation=2,
+        text_encoder=True, validation_share=0.25,
     )  # fmt: skip
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train_adapter(data, make_tiny_base(), recipe, whole)
     assert "masks from a folder, 0.1 outside" in capsys.readouterr().err
-    original, calls = loop.rate_factor, [0]
-
-    def stop(*args, **options):
-        calls[0] += 1
-        if calls[0] == 4:
-            raise Stop
-        return original(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "rate_factor", stop)
-        with pytest.raises(Stop):
-            train_adapter(data, make_tiny_base(), recipe, parts)
+    train_until(monkeypatch, 4, data, make_tiny_base(), recipe, parts)
     Image.new("L", (64, 64), 255).save(masks / "0.png")
     with pytest.raises(RunError, match="the masks changed"):
         train_adapter(data, make_tiny_base(), recipe, parts)

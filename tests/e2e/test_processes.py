@@ -123,6 +123,86 @@ def test_masks_and_class_pictures_are_shared_out_with_the_passes(place):
     assert all(b["loss"] > a["loss"] for a, b in zip(rows(plain), rows(two), strict=True))
 
 
+def test_class_pictures_are_drawn_by_one_process_and_sent_to_other_machines(place):
+    one, two = (place / f"{name}-drawn.safetensors" for name in ("one", "two"))
+    more = ["--class-prompt", "a cat", "--class-prompt", "ink", "--class-images", "5", "--batch-size"]
+    (alone,) = launch(place / "printed-one-drawn", words(place, one, *more, "4"))
+    argv = words(place, two, *more, "2")
+    ended = launch(place / "printed-two-drawn", argv, argv)
+    assert [alone.code, *(e.code for e in ended)] == [0, 0, 0], alone.err + ended[0].err
+    check_alike(one, two)
+    drawn = {path.name: path.read_bytes() for path in (Run(one).folder / "class").iterdir()}
+    assert len(drawn) == 11
+    assert {path.name: path.read_bytes() for path in (Run(two).folder / "class").iterdir()} == drawn
+
+    disks = [place / "here", place / "there"]
+    for disk in disks:
+        disk.mkdir()
+    argv = words(place, "two.safetensors", *more, "2")
+    ended = launch(place / "printed-apart", argv, argv, disks=disks)
+    assert [e.code for e in ended] == [0, 0], ended[0].err
+    assert (disks[0] / "two.safetensors").read_bytes() == two.read_bytes()
+    sent = {path.name: path.read_bytes() for path in (disks[1] / "two.run" / "class").iterdir()}
+    assert sent == {name: data for name, data in drawn.items() if name != "drawn.json"}
+    assert not (disks[1] / "two.safetensors").exists()
+
+
+def make_shapes(folder, *sizes):
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        colour = (40 * i % 256, 200 - 25 * i % 200, 30 * i)
+        Image.new("RGB", size, colour).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat")
+    return folder
+
+
+def test_a_step_of_several_processes_holds_one_bucket(place):
+    """Of the pictures and of the class pictures: a step's pictures, and so its bucket, are those of all processes."""
+    square, wide = (64, 64), (96, 48)
+    make_shapes(place / "shapes", square, wide, square, wide, square, wide, square, wide, square)
+    make_shapes(place / "class-shapes", wide, square, wide, square, wide, square, wide, square, square)
+    one, two = place / "one-bucket.safetensors", place / "two-bucket.safetensors"
+    more = ["--buckets", "--class-data", str(place / "class-shapes"), "--batch-size"]
+    (alone,) = launch(place / "printed-one-bucket", words(place, one, *more, "4", data="shapes"))
+    argv = words(place, two, *more, "2", data="shapes")
+    ended = launch(place / "printed-two-bucket", argv, argv)
+    assert [alone.code, *(e.code for e in ended)] == [0, 0, 0], alone.err + ended[0].err
+    check_alike(one, two)
+    assert "bucket 80 x 48 px: 4 pictures" in ended[0].err
+
+
+@pytest.mark.parametrize("short", ["shapes", "class"])
+def test_a_bucket_that_fills_one_process_and_not_all_is_refused(place, tmp_path, short):
+    square, wide = (64, 64), (96, 48)
+    full = make_shapes(tmp_path / "full", *[square] * 4, *[wide] * 4)
+    small = make_shapes(tmp_path / "small", *[square] * 4, *[wide] * 3)
+    data, classes = (small, full) if short == "shapes" else (full, small)
+    more = ["--buckets", "--batch-size", "2", "--class-data", str(classes)]
+    argv = words(place, tmp_path / "out.safetensors", *more, data=str(data))
+    ended = launch(tmp_path / "printed", argv, argv)
+    assert [e.code for e in ended] == [2, 2]
+    line = f"error: {small}: a bucket has fewer images an epoch than the 4 of a step"
+    assert lines(ended[0].err)[-1].startswith(line)
+    assert "80 x 48 px has 3" in ended[0].err
+    assert ended[1].err == ""
+
+
+def test_sigterm_to_any_process_stops_all_after_the_same_step(place, tmp_path):
+    out = tmp_path / "out.safetensors"
+    argv = words(place, out, "--batch-size", "1", "--steps", "100000")
+    processes = start(tmp_path / "printed", argv, argv)
+    while not rows(out):
+        time.sleep(0.002)
+        assert processes[0].is_alive()
+    os.kill(processes[1].pid, signal.SIGTERM)  # as a launcher, or a cluster that wants its machine back
+    ended = finish(tmp_path / "printed", processes)
+    assert [e.code for e in ended] == [130, 130], ended[0].err
+    done = len(rows(out))
+    assert lines(ended[0].err)[-1].startswith(f"stopped after step {done} of 100000, state saved in")
+    assert ended[1].err == ""
+    assert load_newest(Run(out).checkpoints, print).step == done
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes_with_as_many_processes_only(place, tmp_path):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     more = ["--batch-size", "1", "--ema-decay", "0.9", "--accumulation", "2", "--no-cache"]

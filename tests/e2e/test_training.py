@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures import make_folder
+from short_runs import Stop, rows, stop_at, train_until
 from tiny import make_tiny_base
 
 from sdlora.adapter.file import read_adapter
@@ -30,7 +31,6 @@ from sdlora.data.folder import scan_folder
 from sdlora.errors import DataError, RunError, RunInterrupted
 from sdlora.training import loop, state, step
 from sdlora.training.loop import run_training, train_adapter
-from sdlora.training.metrics import read_rows
 from sdlora.training.run import Run
 
 RECIPE = Recipe(
@@ -56,10 +56,6 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def rows(out):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Run(out).metrics)]
-
-
 def snapshot(folder):
     return {p: (p.stat().st_mtime_ns, sha256(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -80,23 +76,6 @@ def own_forwards(base):
         for m in part.modules()
         if "forward" in m.__dict__
     }
-
-
-class Stop(Exception):
-    """The end of a process, as far as the run can tell."""
-
-
-def stop_at(monkeypatch, name, count, module=loop):
-    """Lets the count-th call of module.name end the run."""
-    original, calls = getattr(module, name), [0]
-
-    def call(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == count:
-            raise Stop
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, call)
 
 
 def fixed_loss(base, encoded):
@@ -181,10 +160,7 @@ def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, 
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train_adapter(folder, make_tiny_base(), recipe, whole)
     for calls in (5, 4, 3):  # dies in its 5th, then 4th, then 3rd step
-        with monkeypatch.context() as patch:
-            stop_at(patch, "rate_factor", calls)
-            with pytest.raises(Stop):
-                train_adapter(folder, make_tiny_base(), recipe, parts)
+        train_until(monkeypatch, calls, folder, make_tiny_base(), recipe, parts)
         assert not parts.exists()
     train_adapter(folder, make_tiny_base(), recipe, parts)
     assert parts.read_bytes() == whole.read_bytes()
@@ -262,10 +238,7 @@ def test_a_file_of_another_origin_is_not_overwritten(folder, out):
 
 
 def test_damaged_newest_checkpoint_goes_on_from_the_one_before(folder, straight, out, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(patch, "rate_factor", 10)
-        with pytest.raises(Stop):
-            train_adapter(folder, make_tiny_base(), RECIPE, out)
+    train_until(monkeypatch, 10, folder, make_tiny_base(), RECIPE, out)
     newest = Run(out).checkpoints / "step-000008" / "factors.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     capsys.readouterr()
@@ -493,7 +466,9 @@ def test_several_buckets_resume_to_the_bit_and_reach_the_unet_at_their_sizes(tmp
     base.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.add(tuple((args[0] if args else kwargs["sample"]).shape)), with_kwargs=True
     )
-    recipe = change(buckets=True, trigger="x", accumulation=2, checkpoint_every=3, crop="random", crops=2)
+    recipe = change(
+        buckets=True, small_buckets=True, trigger="x", accumulation=2, checkpoint_every=3, crop="random", crops=2
+    )
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train_adapter(data, base, recipe, whole)
     assert {shape[0] for shape in seen} == {2}
@@ -502,15 +477,12 @@ def test_several_buckets_resume_to_the_bit_and_reach_the_unet_at_their_sizes(tmp
     assert "bucket 64 x 64 px: 3 pictures, 1.0% cut away on average, 3.0% at most (5.png); its 3 images" in said
     assert "bucket 80 x 48 px: 3 pictures" in said
     for calls in (6, 4):  # dies in its 6th, then 4th step: 7 pictures in steps of 4, so within an epoch
-        with monkeypatch.context() as patch:
-            stop_at(patch, "rate_factor", calls)
-            with pytest.raises(Stop):
-                train_adapter(data, make_tiny_base(), recipe, parts)
+        train_until(monkeypatch, calls, data, make_tiny_base(), recipe, parts)
     train_adapter(data, make_tiny_base(), recipe, parts)
     assert parts.read_bytes() == whole.read_bytes()
     assert rows(parts) == rows(whole)
     with pytest.raises(RunError, match="buckets true -> false"):
-        train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, buckets=False), parts)
+        train_adapter(data, make_tiny_base(), dataclasses.replace(recipe, buckets=False, small_buckets=False), parts)
 
 
 def test_caption_variants_train_and_are_said(tmp_path, capsys):

@@ -188,3 +188,19 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_quantised_layer_is_not_moved_in_silence() -> None:
     with pytest.raises(RuntimeError, match="stays on the device"):
         nn.Sequential(QuantisedLinear(make_linear(), "int8")).to(torch.bfloat16)
+
+
+def test_codes_that_are_a_parameter_act_as_before_and_are_held_once():
+    layer = QuantisedLinear(make_linear(), "int8")
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    before, dense, codes = layer(x), layer.weight.dense(torch.float32), layer.weight.codes
+    (gradient,) = torch.autograd.grad(before.sum(), x)
+    layer.expose_codes()
+    assert "codes" in dict(layer.named_parameters())
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.weight.dense(torch.float32), dense)
+    assert torch.equal(torch.autograd.grad(layer(x).sum(), x)[0], gradient)
+    assert layer.codes.data_ptr() == codes.data_ptr()
+    assert layer._packed.codes.numel() == 0
+    layer.codes = torch.nn.Parameter(-codes, requires_grad=False)  # as what splits them does
+    assert torch.equal(layer.weight.dense(torch.float32), -dense)
