@@ -22,6 +22,8 @@ FAR_FROM_RANDOM = 3.0
 """An overlap of this many times what random spaces have is called shared: by chance it stays far below twice."""
 LARGE_SHARE = 0.15
 """A share of the subject's energy at which losing it shows; below it, whatever the overlap, little can be lost."""
+SAME_START = 0.5
+"""An input overlap that only a common start gives: LoRAs taught with one seed start from the same down factors."""
 SAME_DIRECTION = 0.2
 """A cosine beyond which the sum of two changes is noticeably longer, or shorter, than independent ones would give."""
 UNEQUAL = 4.0
@@ -238,7 +240,12 @@ def _explain(d: Diagnosis) -> dict[str, str]:
         said["cosine"] = "The changes cancel each other in part: they were taught opposite things, use one at a time."
     for side in ("input", "output"):
         found, random = getattr(whole, f"{side}_overlap"), getattr(whole, f"{side}_random")
-        if found > FAR_FROM_RANDOM * random:
+        if side == "input" and found > max(SAME_START, FAR_FROM_RANDOM * random):
+            said["input_overlap"] = (
+                f"They read the same features, {found / random:.1f} times as much as by chance, as LoRAs of one seed "
+                "do: train one of them with another --seed, or use np."
+            )
+        elif found > FAR_FROM_RANDOM * random:
             act = "np keeps them apart" if side == "input" else "klora lets each layer show one of them"
             what = "read the same features" if side == "input" else "write to the same features"
             said[f"{side}_overlap"] = f"They {what}, {found / random:.1f} times as much as by chance: {act}."

@@ -138,7 +138,9 @@ def test_sentences_follow_the_figures():
         sentences(in_space(q[:3], 1), in_space(q[3:6], 2)),
         sentences(in_space(q[:3], 1), in_space(q[:3], 2)),
     )
-    assert "np keeps them apart" in shared["input_overlap"]
+    assert "another --seed" in shared["input_overlap"]
+    some = sentences(in_space(q[:4], 1), in_space(torch.cat([q[:1] + q[9:10], q[10:13]]), 2))
+    assert "nothing to do" in some["input_overlap"]
     assert "nothing to do" in apart["input_overlap"]
     assert shared["at_risk"].startswith("100% of the subject")
     assert apart["at_risk"].startswith("Only 0%")
