@@ -101,7 +101,7 @@ def measure_stack(base: Base, judge: Judge, style: Adapter, subject: Adapter) ->
     seeds = list(range(21, 21 + len(prompts)))
     grid = [(a, b) for a in WEIGHTS for b in WEIGHTS]
     pairs = [("linear", a, b) for a, b in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), *grid]]
-    pairs += [("klora", a, b) for a, b in grid]
+    pairs += [("klora", a, 1.0) for a in WEIGHTS[1:]]
     pairs += [(method, 1.0, 1.0) for method in METHODS if method not in ("linear", "klora")]
     rows = []
     for method, a, b in pairs:
