@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 # Floors under what the shipped weights reach (docs/quality.md has the whole table). The first is its goal; those of the
 # others are 85 %, 0.8, and ink and cat in 70 %.
-NAMED_TOP5, INK, KEPT, STACKED = 75, 75, 0.4, 25
+NAMED_TOP5, INK, KEPT, STACKED = 75, 75, 0.4, 40
+# The demo's limit, and one pass of the UNet on the two cores that it is meant for: slower ones get more time.
+DEMO_S, PASS_S = 180, 0.1
 WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
 
 
@@ -90,12 +92,26 @@ def test_mini_names_its_things(base: Base, judge: Judge) -> None:
     assert figures["top5 %"] >= NAMED_TOP5, figures
 
 
+def time_pass(base: Base) -> float:
+    """Seconds that the UNet takes for a batch of eight, without gradients: the best of ten."""
+    x, t = torch.randn(8, 4, 16, 16, dtype=base.dtype), torch.full((8,), 500)
+    seconds = []
+    with torch.no_grad():
+        text = base.encode_text(base.tokenize(["a cat"] * 8)[0])
+        for _ in range(10):
+            began_s = time.perf_counter()
+            base.predict(x, t, text)
+            seconds.append(time.perf_counter() - began_s)
+    return min(seconds)
+
+
 @pytest.mark.slow
-def test_demo_takes_at_most_three_minutes(demo: Path) -> None:
+def test_demo_takes_at_most_three_minutes(demo: Path, base: Base) -> None:
     assert {p.name for p in demo.iterdir()} >= {"ink.safetensors", "cat.safetensors", "sheet.png"}
     busy = max(os.getloadavg()[:2]) >= 3  # now, or while it ran: such a machine says nothing about ours
     if (os.cpu_count() or 1) >= 2 and not busy:
-        assert float((demo / "seconds").read_text()) < 180
+        slower = max(1, time_pass(base) / PASS_S)  # such as two cores without AMX
+        assert float((demo / "seconds").read_text()) < DEMO_S * slower
 
 
 @pytest.mark.slow
