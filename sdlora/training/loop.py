@@ -17,6 +17,7 @@ from ..adapter.delta import Adapter
 from ..adapter.file import read_adapter, write_adapter
 from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
+from ..bases.packing import packing
 from ..bases.quantisation import check_quantise, copy_tree, quantise_base
 from ..config import Recipe
 from ..data.cache import Encoded
@@ -239,7 +240,9 @@ def fit(
     chances = chances_of(base, encoded, recipe, validation, processes.count)
     schedule, record = schedule_of(recipe), Record(base, recipe, encoded, previews, validation, state)
     kept = recomputing(base.modules, recipe.recompute)
-    with closing(record), processes.in_step(), watch_signals() as stop, kept:
+    packs = recipe.pack and not processes.split  # what is split has no whole weights to pack
+    packed = packing(base.unet) if packs else nullcontext()
+    with closing(record), processes.in_step(), watch_signals() as stop, packed, kept:
         if processes.main:
             record.open(run, accelerator)
         for step in range(state.saved, recipe.steps):
