@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 # Floors under what the shipped weights reach (docs/quality.md has the whole table). The first is its goal; those of the
 # others are 85 %, 0.8, and ink and cat in 70 %.
 NAMED_TOP5, INK, KEPT, STACKED = 75, 75, 0.4, 40
-# The demo's limit, and what a step of it takes on the two cores that it is meant for when nothing else does: slower ones
+# The demo's limit, and what a step of it takes on the two cores that it is meant for when quiet: slower ones
 # get more time, and what a step costs in passes of the UNet is a test of its own.
 DEMO_S, STEP_S = 180, 0.22
 WEIGHTS = ROOT / "sdlora" / "bases" / "mini" / "weights"
