@@ -88,7 +88,7 @@ def _running(module: nn.Conv2d) -> Iterator[None]:
         weight = module.weight
         unchanged = weight._version == packed.version and not weight.requires_grad
         same = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-        if not unchanged or not same or x.dim() != 4 or torch.is_inference(x):
+        if not unchanged or not same or x.dim() != 4:
             return plain(x)
         return _Packed.apply(x.contiguous(memory_format=torch.channels_last), packed)  # type: ignore[no-any-return]
 

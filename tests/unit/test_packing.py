@@ -112,6 +112,30 @@ def test_a_weight_that_changes_meanwhile_is_followed():
     assert not torch.allclose(before[0], after[0])
 
 
+def test_autocast_and_another_dtype_go_the_plain_way():
+    module = make_convolution()
+    x, _ = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module(x)
+    assert plain.dtype == torch.bfloat16
+    with packing(module):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x), plain)
+        with pytest.raises(RuntimeError, match="type"):
+            module(x.bfloat16())
+
+
+def test_weights_packed_in_inference_mode_serve_training_afterwards():
+    module = make_convolution()
+    x, dy = inputs()
+    plain = run(module, x, dy)
+    with packing(module):
+        with torch.inference_mode():
+            torch.testing.assert_close(module(x.clone()), plain[0], rtol=1e-5, atol=1e-5)
+        for a, b in zip(run(module, x, dy), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_tree_and_forward_are_as_before_afterwards():
     model = nn.Sequential(make_convolution(), make_convolution(channels=(160, 128)))
     before = {k: (v.data_ptr(), v.clone()) for k, v in model.state_dict().items()}
