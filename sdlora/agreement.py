@@ -19,6 +19,9 @@ _NEEDS: dict[str, tuple[str, str | bool | None]] = {
     "crops": ("crop", "random"),
     "huber_c": ("loss", "huber"),
     "huber_schedule": ("loss", "huber"),
+    "init_learning_rate": ("init_word", None),
+    "init_steps": ("init_word", None),
+    "init_word": ("trigger", None),
     "mask_outside": ("masks", None),
     "max_aspect": ("buckets", True),
     "min_snr_gamma": ("weighting", "min-snr"),
@@ -51,6 +54,11 @@ def check_agreement(recipe: Recipe) -> None:
     _check_optimizer(recipe)
     _check_caption_tools(recipe)
     _check_class_pictures(recipe)
+    if recipe.steps_of_init_word >= recipe.steps:
+        raise ConfigError(
+            f"init_steps = {recipe.init_steps} leaves none of {recipe.steps} steps for the pictures; "
+            "give fewer (--init-steps), or more steps"
+        )
     if recipe.t_min >= recipe.t_max:
         raise ConfigError(
             f"t_min = {show(recipe.t_min)} and t_max = {show(recipe.t_max)} leave no step to train; "

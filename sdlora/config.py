@@ -153,6 +153,13 @@ class Recipe:
     """Last layers of the text encoder to leave out, beyond the base's own; where others say clip skip 2, say 1."""
     trigger: str = ""
     """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
+    init_word: str = ""
+    """Words for which the base already draws a little as the pictures are: the first steps learn to draw for the trigger
+    what the base draws for them, so that the pictures change less, and less is forgotten."""
+    init_steps: int = 150
+    """How many of the steps learn the init_word; the rest learn the pictures."""
+    init_learning_rate: float | None = None
+    """Peak learning rate of those steps. Without it: that of the rest."""
     class_data: str = ""
     """Folder of captioned class pictures, learnt beside yours, as many in each step, to keep what the base knows."""
     class_prompt: tuple[str, ...] = ()
@@ -209,6 +216,11 @@ class Recipe:
         """The second text encoder's learning rate in force."""
         own = self.text_encoder_2_learning_rate
         return self.text_encoder_rate if own is None else own
+
+    @property
+    def steps_of_init_word(self) -> int:
+        """How many of the first steps learn the init_word; 0 without one."""
+        return self.init_steps if self.init_word else 0
 
     @property
     def images_per_step(self) -> int:

@@ -47,7 +47,7 @@ class Lesson:
 
 
 LESSONS = (
-    Lesson("ink", ROOT / "datasets" / "ink", ROOT / "configs" / "mini-style.toml"),
+    Lesson("ink", ROOT / "datasets" / "ink", ROOT / "configs" / "mini-ink.toml"),
     Lesson("cat", ROOT / "datasets" / "cat", ROOT / "configs" / "mini-subject.toml"),
 )
 TRIGGERS = {"ink": "ink style", "cat": "mio"}

@@ -26,7 +26,9 @@ RECIPE_GROUPS = {
     ),
     "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "small_buckets", "crop", "crops"),
     "what of a picture is learnt": ("masks", "mask_outside"),
-    "what the base keeps": ("class_data", "class_prompt", "class_images", "prior_weight"),
+    "what the base keeps": (
+        "init_word", "init_steps", "init_learning_rate", "class_data", "class_prompt", "class_images", "prior_weight",
+    ),
     "what is adapted, and how": (
         "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
         "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",

@@ -32,6 +32,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bucket_step_px": (lambda v: 8 <= v <= 1024 and v % 8 == 0, "give a multiple of 8 from 8 to 1024, such as 64"),
     "max_aspect": (lambda v: 1 <= v <= 8, "give a number from 1 to 8, such as 2"),
     "mask_outside": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.1"),
+    "init_word": (lambda v: not v or bool(v.strip()), "give a word or two, such as woodcut, or leave it out"),
+    "init_steps": (lambda v: 1 <= v <= 10_000_000, "give 1 or more, such as 150"),
+    "init_learning_rate": (lambda v: 0 < v <= 1, "give a number above 0 and at most 1, such as 0.0025"),
     "class_prompt": (
         lambda v: all(p.strip() for p in v) and len({" ".join(p.split()) for p in v}) == len(v),
         "leave out an empty prompt, and give each once",

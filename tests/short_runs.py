@@ -54,6 +54,6 @@ def train_until(
 ) -> None:
     """A run that ends in the middle of a step, counted from 1 since it began or went on."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "rate_factor", step)
+        stop_at(patch, "rate_at", step)
         with pytest.raises(Stop):
             loop.train_adapter(folder, base, recipe, out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -252,6 +253,17 @@ class LoraLayers:
             for layer in self.layers:
                 layer.module.__dict__.pop("forward", None)
         self._attached = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it the base runs as it is by itself; attached layers are attached again afterwards."""
+        attached = self._attached
+        self.detach_from_base()
+        try:
+            yield
+        finally:
+            if attached:
+                self.attach()
 
     def __enter__(self) -> LoraLayers:
         return self

@@ -129,7 +129,7 @@ def encode_folder(
     longest = [max(itertools.islice(rest, len(own))) for own in wordings]
     truncated = {e.name: n for e, n in zip(examples, longest, strict=True) if n > limit}
     warn_truncated(truncated, limit)
-    states = _encode_captions(base, captions, ids, clip_skip, progress, store) if text else None
+    states = encode_captions(base, captions, ids, clip_skip, progress=progress, store=store) if text else None
     if store is not None:
         print(f"cache {store.folder}: {store.found} found, {store.made} made", file=sys.stderr)
     counts, repeats = tuple(map(len, wordings)), [e.repeats for e in examples]
@@ -146,9 +146,17 @@ def warn_truncated(truncated: dict[str, int], limit: int) -> None:
 
 
 @torch.no_grad()
-def _encode_captions(
-    base: Base, captions: list[str], ids: Tensor, clip_skip: int, progress: bool, store: Store | None
+def encode_captions(
+    base: Base,
+    captions: list[str],
+    ids: Tensor,
+    clip_skip: int,
+    *,
+    progress: bool = True,
+    store: Store | None = None,
 ) -> Text:
+    """Text states of the captions, tokenized as ids int64 [R, E, C, 77], the last of them empty; each different one is
+    encoded once, or read from `store`. On the CPU."""
     different = list(dict.fromkeys(captions))
     place = {caption: j for j, caption in enumerate(different)}
     first = {caption: row for row, caption in reversed(list(enumerate(captions)))}

@@ -47,6 +47,13 @@ def vary_caption(caption: str, recipe: Recipe, draws: random.Random) -> str:
     return ", ".join(first + left)
 
 
+def say_init_word(wording: str, recipe: Recipe) -> str:
+    """The wording with the recipe's init_word in its trigger's place, or behind it where the trigger was left out."""
+    trigger = rf"(?<!\w){re.escape(recipe.trigger)}(?!\w)"
+    said, found = re.subn(trigger, lambda _: recipe.init_word, wording, flags=re.IGNORECASE)
+    return said if found else ", ".join(part for part in (wording, recipe.init_word) if part)
+
+
 def choose_wildcards(caption: str, draws: random.Random) -> str:
     """The caption with one of the options of each `{a|b}`, from the innermost out; other braces stay as they are."""
     while found := _WILDCARD.search(caption):

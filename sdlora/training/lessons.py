@@ -8,14 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from ..bases.family import Base
+from ..bases.text import Text
 from ..config import Recipe
 from ..data.buckets import Cuts, describe_crops
-from ..data.cache import Encoded, encode_folder
+from ..data.cache import Encoded, encode_captions, encode_folder
 from ..data.folder import Example
 from ..data.masks import Places
 from ..data.material import Material, class_recipe, describe_prior
 from ..data.store import Store
-from ..data.variants import describe_wordings, list_wordings
+from ..data.variants import describe_wordings, list_wordings, say_init_word
 from .class_pictures import provide_drawn
 from .processes import Processes
 
@@ -81,3 +82,12 @@ class Lessons:
             store=Store(cache) if cache else None,
         )
         return processes.in_turn(encode) if cache else encode()
+
+    def encode_init_word(self, base: Base) -> Text | None:
+        """The captions with the recipe's init_word in their trigger's place, a row for each of `Encoded.ids`."""
+        if not self.recipe.init_word:
+            return None
+        wordings = list_wordings([e.caption for e in self.examples], self.recipe)
+        captions = [say_init_word(wording, self.recipe) for own in wordings for wording in own]
+        ids, _ = base.tokenize([*captions, ""], self.recipe.max_chunks)
+        return encode_captions(base, [*captions, ""], ids, self.recipe.clip_skip, progress=False)

@@ -19,6 +19,7 @@ from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
 from ..bases.packing import packing
 from ..bases.quantisation import check_quantise, copy_tree, quantise_base
+from ..bases.text import Text
 from ..config import Recipe
 from ..data.cache import Encoded
 from ..data.folder import Example
@@ -27,10 +28,11 @@ from ..errors import RunError, RunInterrupted
 from .adapting import attach_layers, describe_settings, make_card, name_sources
 from .averages import Averages
 from .checkpoint import Checkpoint, load_newest
+from .init_word import InitWord
 from .interrupt import watch_signals
 from .lessons import Lessons
 from .objective import Objective, prediction_type_of
-from .optim import make_optimizer, rate_factor, rates_of, schedule_of, set_rate
+from .optim import make_optimizer, rate_at, rates_of, set_rate
 from .optimizers import check_optimizer
 from .preview import Previews
 from .prior import Prior
@@ -190,6 +192,7 @@ def _train(
                 encoded = lessons.encode(base, cache, say, processes)
                 classes = class_lessons.encode(base, cache, say, processes) if class_lessons else None
                 prior = Prior.of(base, classes, recipe, processes.count)
+                word_text = lessons.encode_init_word(base)
                 previews = Previews.of(base, recipe, run.previews, side_px)
                 release(base, recipe, draws=processes.main or processes.split is not None)
                 if processes.split:
@@ -199,7 +202,7 @@ def _train(
                     for line in ("; ".join([layers.describe(), *describe_settings(recipe)]), *advise(recipe)):
                         say(line)
                     processes.exchange()  # from here on they meet in every step
-                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior)
+                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior, word_text)
                     adapter = layers.adapter(make_card(base, recipe, sources, processes.count))
                 finally:
                     layers.detach_from_base()
@@ -222,6 +225,7 @@ def fit(
     checkpoint: Checkpoint | None,
     processes: Processes,
     prior: Prior | None = None,
+    word_text: Text | None = None,
 ) -> None:
     """The training loop: takes the attached layers from the checkpoint, or the start, to the recipe's last step.
 
@@ -238,7 +242,8 @@ def fit(
     objective = Objective(recipe, prediction_type_of(base.scheduler_config), len(base.alphas_cumprod))
     validation = Validation.of(recipe, len(encoded.repeats))
     chances = chances_of(base, encoded, recipe, validation, processes.count)
-    schedule, record = schedule_of(recipe), Record(base, recipe, encoded, previews, validation, state)
+    word = InitWord.of(layers, word_text, chances, recipe)
+    record = Record(base, recipe, encoded, previews, validation, state)
     kept = recomputing(base.modules, recipe.recompute)
     packs = recipe.pack and not processes.split  # what is split has no whole weights to pack
     packed = packing(base.unet) if packs else nullcontext()
@@ -247,8 +252,10 @@ def fit(
             record.open(run, accelerator)
         for step in range(state.saved, recipe.steps):
             start_s = time.perf_counter()
-            rate = set_rate(optimizer, rate_factor(step, **schedule))
-            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator, processes, prior)
+            if step == recipe.steps_of_init_word:
+                optimizer.state.clear()  # AdamW's second moments of the word's small gradients would make huge steps
+            rate = set_rate(optimizer, rate_at(step, recipe))
+            loss = accumulate(step, base, layers, encoded, objective, chances, accelerator, processes, prior, word)
             loss, asked = processes.average(factors, loss, stop.requested)
             norm = accelerator.clip_grad_norm_(factors.values(), recipe.max_grad_norm)
             # The step's only read from the device; it comes before the update, so a bad one is never made.
@@ -260,6 +267,8 @@ def fit(
             stepper.step()
             stepper.zero_grad()
             row: dict[str, Any] = {"step": step + 1, "loss": loss_value, "lr": rate, "grad_norm": norm_value}
+            if step < recipe.steps_of_init_word:
+                row["learnt"] = "init_word"
             limited = {"limited": layers.limit_norms(recipe.max_norm)} if recipe.max_norm else {}
             averages.update(step)
             row |= {"seconds": round(time.perf_counter() - start_s, 4)} | limited

@@ -53,6 +53,19 @@ def schedule_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def rate_at(step: int, recipe: Recipe) -> float:
+    """The share of the learning rate at a step counted from 0; the steps of an init_word have a schedule of their own.
+
+    Above 1 where the init_word's learning rate is higher than the rest's.
+    """
+    schedule, first = schedule_of(recipe), recipe.steps_of_init_word
+    if step >= first:
+        return rate_factor(step - first, **schedule | {"steps": recipe.steps - first})
+    times = 1.0 if recipe.init_learning_rate is None else recipe.init_learning_rate / recipe.learning_rate
+    warmup = min(recipe.warmup_steps, first // 5)
+    return times * rate_factor(step, **schedule | {"steps": first, "warmup_steps": warmup})
+
+
 def rates_of(recipe: Recipe) -> dict[str, Any]:
     """What `make_optimizer` needs to know of a recipe."""
     return {

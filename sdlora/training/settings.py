@@ -38,6 +38,9 @@ def _objective(recipe: Recipe) -> list[str]:
         lines.append(f"masks from {source}, {recipe.mask_outside:g} outside")
     if recipe.class_data or recipe.class_prompt:
         lines.append(f"class pictures' loss times {recipe.prior_weight:g}")
+    if recipe.init_word:
+        rate = "" if recipe.init_learning_rate is None else f" (learning rate {recipe.init_learning_rate:g})"
+        lines.append(f"the first {recipe.init_steps} steps learn what the base draws for {recipe.init_word}{rate}")
     if recipe.loss == "huber":
         lines.append(f"huber loss, c {recipe.huber_c:g}, schedule {recipe.huber_schedule}")
     if recipe.weighting == "debiased":

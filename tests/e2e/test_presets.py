@@ -20,6 +20,7 @@ from tests.tiny import make_tiny_base, save_tiny_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = {
+    "mini-ink": "mini",
     "mini-style": "mini",
     "mini-subject": "mini",
     "sd15-style": "sd1",

@@ -329,13 +329,13 @@ def test_thread_count_is_taken_up_again(folder, straight, out, monkeypatch, caps
     torch.set_num_threads(1)
     try:
         with monkeypatch.context() as patch:
-            stop_at(patch, "rate_factor", 6)
+            stop_at(patch, "rate_at", 6)
             with pytest.raises(Stop):
                 train_adapter(folder, make_tiny_base(), RECIPE, out)
         torch.set_num_threads(2)
         seen = []
         monkeypatch.setattr(
-            loop, "rate_factor", lambda *a, f=loop.rate_factor, **k: seen.append(torch.get_num_threads()) or f(*a, **k)
+            loop, "rate_at", lambda *a, f=loop.rate_at, **k: seen.append(torch.get_num_threads()) or f(*a, **k)
         )
         train_adapter(folder, make_tiny_base(), RECIPE, out)
         assert set(seen) == {1}

@@ -120,15 +120,15 @@ def watch_memory() -> Iterator[list[int]]:
 def train_in_two_goes(data: Path, base: Path, out: Path, monkeypatch) -> list[float]:
     """Two steps, stopped after the first and gone on with by the same command; their losses."""
     command = ["train", str(data), "--base", str(base), "--out", str(out), *TRAIN]
-    original = loop.rate_factor
+    original = loop.rate_at
     with monkeypatch.context() as patch:
 
-        def stop(step, **schedule):
+        def stop(step, recipe):
             if step == 1:
                 raise KeyboardInterrupt
-            return original(step, **schedule)
+            return original(step, recipe)
 
-        patch.setattr(loop, "rate_factor", stop)
+        patch.setattr(loop, "rate_at", stop)
         assert main(command) == 130
     gc.collect()
     assert not out.exists()
