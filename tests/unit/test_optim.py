@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sdlora.training.optim import flatten_state, make_optimizer, rate_factor, restore_state, set_rate
+from sdlora.config import Recipe
+from sdlora.training.optim import flatten_state, make_optimizer, rate_at, rate_factor, restore_state, set_rate
 
 
 def make_factors():
@@ -157,3 +158,17 @@ def test_every_part_and_side_has_its_rate_and_lengths_do_not_decay():
     other = make_optimizer(factors, learning_rate=1e-2, text_encoder_learning_rate=1e-3, weight_decay=0.1)
     restore_state(other, saved)  # by name, whatever the groups
     assert all(torch.equal(value, flatten_state(other)[name]) for name, value in saved.items())
+
+
+def test_an_init_word_has_a_schedule_of_its_own():
+    recipe = Recipe(
+        steps=30, warmup_steps=6, learning_rate=1e-3, trigger="ink", init_word="cat", init_steps=10,
+        init_learning_rate=4e-3,
+    )  # fmt: skip
+    word = [4 * rate_factor(s, schedule="cosine", warmup_steps=2, steps=10) for s in range(10)]
+    pictures = [rate_factor(s, schedule="cosine", warmup_steps=6, steps=20) for s in range(20)]
+    assert [rate_at(s, recipe) for s in range(30)] == pytest.approx(word + pictures)
+    plain = Recipe(steps=30, warmup_steps=6)
+    assert [rate_at(s, plain) for s in range(30)] == [
+        rate_factor(s, schedule="cosine", warmup_steps=6, steps=30) for s in range(30)
+    ]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sdlora.config import Recipe
 from sdlora.data.folder import scan_folder
-from sdlora.data.variants import choose_wildcards, describe_wordings, list_wordings, vary_caption
+from sdlora.data.variants import choose_wildcards, describe_wordings, list_wordings, say_init_word, vary_caption
 from sdlora.errors import ConfigError
 from tests.pictures import make_folder
 
@@ -113,3 +113,18 @@ def test_caption_lines_are_read_from_files_and_rows_with_the_trigger_in_each(tmp
 def test_tools_that_would_do_nothing_are_refused(values, says):
     with pytest.raises(ConfigError, match=says):
         Recipe(**values)
+
+
+@pytest.mark.parametrize(
+    ("wording", "said"),
+    [
+        ("ink style, a fox", "woodcut, a fox"),
+        ("a fox, Ink Style", "a fox, woodcut"),
+        ("a pink style of fox", "a pink style of fox, woodcut"),  # within a word it is no trigger
+        ("a fox", "a fox, woodcut"),
+        ("", "woodcut"),
+    ],
+)
+def test_init_word_takes_the_triggers_place(wording, said):
+    assert say_init_word(wording, Recipe(trigger="ink style", init_word="woodcut")) == said
+    assert say_init_word(wording, Recipe(trigger="ink style", init_word=r"\1")) == said.replace("woodcut", r"\1")
