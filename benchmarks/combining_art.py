@@ -43,6 +43,7 @@ class Style:
     """None for a sample folder."""
     colour: str = "#000"
     ground: str = "white"
+    preset: str = "mini-style"
 
     def draw(self, icons: dict, icon: str) -> Image.Image:
         """One of the set's icons in this style, 128 x 128 px."""
@@ -69,7 +70,7 @@ class Subject:
 
 
 STYLES = (
-    Style("ink"),
+    Style("ink", preset="mini-ink"),
     Style("comic", "openmoji"),
     Style("blueprint", "emojione-monotone", "#fff", "#1f4fa3"),
     Style("night", "fluent-emoji", ground="#141a3c"),
@@ -186,8 +187,8 @@ def train_all(out: Path, at_once: int) -> None:
 
 def train_command(out: Path, one: Style | Subject) -> list[str]:
     """The command line that trains it."""
-    kind, trigger = ("style", one.words) if isinstance(one, Style) else ("subject", one.trigger)
-    preset = ROOT / "configs" / f"mini-{kind}.toml"
+    name, trigger = (one.preset, one.words) if isinstance(one, Style) else ("mini-subject", one.trigger)
+    preset = ROOT / "configs" / f"{name}.toml"
     data, lora = folder_of(out, one), lora_of(out, one)
     command = [sys.executable, "-m", "sdlora", "train", data, "--config", preset, "--trigger", trigger, "--out", lora]
     return [str(word) for word in command]

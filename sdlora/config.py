@@ -154,8 +154,8 @@ class Recipe:
     trigger: str = ""
     """Word that calls the style; put in front of each caption that lacks it, and the caption of pictures with none."""
     init_word: str = ""
-    """Words for which the base already draws a little as the pictures are: the first steps learn to draw for the trigger
-    what the base draws for them, so that the pictures change less, and less is forgotten."""
+    """Words for which the base already draws a little as the pictures are: the first steps learn to draw that for the
+    trigger, so that the pictures change less, and less is forgotten."""
     init_steps: int = 150
     """How many of the steps learn the init_word; the rest learn the pictures."""
     init_learning_rate: float | None = None

@@ -15,7 +15,6 @@ from ..adapter.layers import LoraLayers
 from ..bases.family import Base
 from ..bases.text import Text
 from ..config import Recipe
-from ..data.cache import Encoded
 from .draws import Chances, Draws
 
 

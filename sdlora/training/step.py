@@ -55,7 +55,8 @@ def accumulate(
 ) -> Tensor:
     """A step's gradients, over this process's share of its passes; returns their mean loss, the class pictures' added.
 
-    A step in which `word` teaches has the pictures' latents and the word's predictions. Each pass is followed by the class pictures' of the same number, so that a process has both or neither.
+    A step in which `word` teaches has the pictures' latents and the word's predictions. Each pass is followed by the class
+    pictures' of the same number, so that a process has both or neither.
     """
     word = word if word is not None and step < word.steps else None
     chances = chances if word is None else word.chances
@@ -79,9 +80,7 @@ def accumulate(
     return torch.stack(losses).mean()
 
 
-def _error(
-    base: Base, encoded: Encoded, objective: Objective, draws: Draws, word: InitWord | None = None
-) -> Tensor:
+def _error(base: Base, encoded: Encoded, objective: Objective, draws: Draws, word: InitWord | None = None) -> Tensor:
     """The loss of one micro-batch; everything random is drawn and mixed on the CPU, the same for every device."""
     place = (draws.mirror, draws.picture)
     x0 = encoded.sample(*place, draws.posterior)  # [B, 4, H/8, W/8]

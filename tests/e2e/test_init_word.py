@@ -120,9 +120,9 @@ def test_aside_gives_the_base_back_and_takes_it_again():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--init-word", "cat"], "init_word = \"cat\" has no use while trigger = \"\"; set trigger (--trigger)"),
-        (["--init-steps", "5"], "init_steps = 5 has no use while init_word = \"\""),
-        (["--trigger", "ink", "--init-word", " "], "init_word = \" \" is out of range; give a word or two"),
+        (["--init-word", "cat"], 'init_word = "cat" has no use while trigger = ""; set trigger (--trigger)'),
+        (["--init-steps", "5"], 'init_steps = 5 has no use while init_word = ""'),
+        (["--trigger", "ink", "--init-word", " "], 'init_word = " " is out of range; give a word or two'),
         (["--trigger", "ink", "--init-word", "cat", "--steps", "150"], "init_steps = 150 leaves none of 150 steps"),
         (["--trigger", "ink", "--init-word", "cat", "--init-learning-rate", "0"], "init_learning_rate = 0.0 is out of"),
     ],
