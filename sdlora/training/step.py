@@ -55,8 +55,8 @@ def accumulate(
 ) -> Tensor:
     """A step's gradients, over this process's share of its passes; returns their mean loss, the class pictures' added.
 
-    A step in which `word` teaches has the pictures' latents and the word's predictions. Each pass is followed by the class
-    pictures' of the same number, so that a process has both or neither.
+    A step in which `word` teaches has the pictures' latents and the word's predictions. Each pass is followed by the
+    class pictures' of the same number, so that a process has both or neither.
     """
     word = word if word is not None and step < word.steps else None
     chances = chances if word is None else word.chances
