@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,17 +12,19 @@ from torch import nn
 from sdlora.bases.architecture import fill_buffers, make_part, make_tokenizers, part_names, read_family
 
 
-def make_parts(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, nn.Module]:
-    """Every part of `sd1`, `sd2` or `sdxl` at its full size, its weights cut from one row of random numbers."""
+def make_parts(
+    family: str, dtype: torch.dtype = torch.bfloat16, parts: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Every part of `sd1`, `sd2` or `sdxl` (or `parts` of them) at its full size, weights cut from one random row."""
     row = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # a prime, so that no two rows are alike
-    parts = {}
-    for part in part_names(family):
+    made = {}
+    for part in parts or part_names(family):
         module = make_part(family, part, read_family(family)[part])
         state = {name: _fill(name, empty, row, dtype) for name, empty in module.state_dict().items()}
         module.load_state_dict(state, assign=True)
         fill_buffers(module, torch.device("cpu"))
-        parts[part] = module.eval()
-    return parts
+        made[part] = module.eval()
+    return made
 
 
 def _fill(name: str, empty: torch.Tensor, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

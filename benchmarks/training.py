@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -69,6 +71,7 @@ class Meter:
         import gc
 
         gc.collect()
+        give_memory_back()
         forget_peak()
         self.before = resident_bytes()
 
@@ -109,6 +112,12 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_memory_back() -> None:
+    """Free memory goes back to the system where glibc is asked to, so that what the steps take is seen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status(key: str) -> int:
@@ -162,37 +171,50 @@ def run_ours(case: Case) -> Found:
 
 
 def run_plain(case: Case) -> Found:
-    """The plain loop on the same base, its latents and text made before the first step too."""
+    """The plain loop on diffusers' own UNet of the same architecture, with latents and text made before."""
     import torch
 
     from benchmarks.plain_loop import train_plainly
-    from sdlora.bases.family import load_base
 
     generator = torch.Generator().manual_seed(0)
-    base = load_base(case.base, precision=case.precision)
-    base.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
-    text = base.encode_text(base.tokenize(["noise, in colour"])[0])
-    states = text.states.detach().cpu().expand(PICTURES, -1, -1)
+    unet = load_plain_unet(case)
+    config = unet.config
     more = {}
-    if text.pooled is not None:
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         sizes = torch.tensor([[case.side_px, case.side_px, 0, 0, case.side_px, case.side_px]], dtype=torch.float32)
-        more = {"text_embeds": text.pooled.detach().cpu().expand(PICTURES, -1), "time_ids": sizes.expand(PICTURES, -1)}
-    base.release("vae")
-    base.release_text_encoders()
+        more = {"text_embeds": torch.randn(PICTURES, width), "time_ids": sizes.expand(PICTURES, -1)}
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     meter = Meter()
     meter.begin()
     seconds = train_plainly(
-        base.unet,
+        unet,
         steps=case.steps,
         batch_size=case.batch_size,
         rank=case.rank,
         latents=torch.randn(PICTURES, 4, case.side_px // 8, case.side_px // 8, generator=generator),
-        text=states,
-        alphas_cumprod=base.alphas_cumprod.cpu(),
+        text=torch.randn(PICTURES, 77, config.cross_attention_dim, generator=generator).bfloat16(),
+        alphas_cumprod=(1 - betas).cumprod(0),
         more=more,
         after_step=meter.step,
     )
     return meter.found(seconds)
+
+
+def load_plain_unet(case: Case) -> Any:
+    """diffusers' UNet in bfloat16 and its default layout, nothing of it sped up."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if case.family == "mini":
+        from diffusers import UNet2DConditionModel
+
+        from sdlora.bases.source import MINI_FOLDER
+
+        return UNet2DConditionModel.from_pretrained(MINI_FOLDER / "unet", torch_dtype=torch.bfloat16).to(device)
+    from benchmarks.full_size import make_parts
+
+    return make_parts(case.family, torch.bfloat16, ["unet"])["unet"].to(device)
 
 
 class _patched:
