@@ -389,6 +389,44 @@ def test_a_mask_of_ones_is_no_mask_and_one_of_zeros_is_no_lora(base, loras):
             torch.testing.assert_close(predict(stacked), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_moment_of_a_moving_stack_has_its_own_layers(base, loras):
+    """A stack that moved through other moments before predicts what a fresh one does."""
+    members = [
+        Member(loras[0], 1.0, profile=Profile(schedule=Schedule(((0.0, 1.0), (1.0, 0.2))))),
+        Member(loras[1], 0.7),
+    ]
+    fresh = {}
+    for t in (950, 500, 20):
+        with Plan.of(members).applied(base) as stacked:
+            fresh[t] = predict(stacked, t)
+    with Plan.of(members).applied(base) as stacked:
+        for t in (20, 950, 500, 950):
+            assert torch.equal(predict(stacked, t), fresh[t])
+    with Plan.of(members[1:]).applied(base) as stacked:
+        assert not torch.allclose(predict(stacked, 20), fresh[20], atol=1e-3)
+
+
+def test_a_mask_is_averaged_over_each_token(base):
+    """One white pixel of the 8 x 8 that make a token lets the LoRA act there with 1 / 64."""
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    module = find_module(base, path)
+    out, into = module.weight.shape
+    generator = torch.Generator().manual_seed(0)
+    delta = LowRank(torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator), 2.0)
+    mask = torch.zeros(64, 64)
+    mask[8 * 3 + 5, 8 * 2 + 7] = 1.0
+    seen: dict[str, torch.Tensor] = {}
+    with Plan.of([Member(Adapter({path: delta}), 1.0, mask=mask)]).applied(base) as stacked:
+        handle = module.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], y=output))
+        predict(stacked)
+        handle.remove()
+    added = seen["y"] - module(seen["x"])
+    expected = torch.zeros(64)
+    expected[8 * 3 + 2] = 1 / 64
+    whole = seen["x"] @ delta.weight().T
+    torch.testing.assert_close(added, whole * expected[:, None], rtol=1e-3, atol=1e-5)
+
+
 def test_a_mask_confines_a_layer_to_its_tokens(base):
     """On one to_out of the 8 x 8 level: inside the region the layer's output is the LoRA's, outside the base's."""
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"

@@ -102,3 +102,16 @@ def test_what_cannot_be_zipped_is_one_clear_line(base, pair):
     ]
     with pytest.raises(AdapterFileError, match="share no layer"):
         zip_loras(base, *apart, "ink", "a cat")
+
+
+def test_masks_that_meet_are_made_to_cost(base, pair, monkeypatch):
+    """At the start both masks are all ones, so |m_c · m_s| of a layer is its number of columns."""
+    firsts = {}
+    for penalty in (0.0, 0.01):
+        monkeypatch.setattr("sdlora.combining.ziplora.PENALTY", penalty)
+        losses: list[float] = []
+        zip_loras(base, *pair, "a cat", "ink", steps=1, pictures=1, report=losses.append)
+        firsts[penalty] = losses[0]
+    shared = pair[0].adapter.deltas.keys() & pair[1].adapter.deltas.keys()
+    columns = sum(pair[0].adapter.deltas[p].weight().shape[1] for p in shared if p.startswith("unet."))
+    assert firsts[0.01] - firsts[0.0] == pytest.approx(0.01 * columns, rel=1e-4)
