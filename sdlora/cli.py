@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .agreement import check_family
+from .checkpoint_verbs import add_bake, add_extract, run_bake, run_extract
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .file_verbs import (
@@ -21,10 +22,12 @@ from .file_verbs import (
     add_convert,
     add_diagnose,
     add_inspect,
+    add_resize,
     run_combine,
     run_convert,
     run_diagnose,
     run_inspect,
+    run_resize,
 )
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
@@ -422,6 +425,9 @@ VERBS = {
     "grid": Verb("draws two LoRAs at several weights each, labelled", add_grid, run_grid),
     "balance": Verb("finds the weights at which a style and a subject both show", add_balance, run_balance),
     "combine": Verb("writes several LoRAs, weighted, as one exact file", add_combine, run_combine),
+    "bake": Verb("merges LoRAs, weighted, into a checkpoint", add_bake, run_bake),
+    "extract": Verb("makes a LoRA of what a fine-tuned checkpoint differs in", add_extract, run_extract),
+    "resize": Verb("writes a LoRA with fewer ranks, and says what that costs", add_resize, run_resize),
     "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
     "diagnose": Verb("says how far two LoRAs get in each other's way", add_diagnose, run_diagnose),
     "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),

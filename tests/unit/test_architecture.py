@@ -24,6 +24,7 @@ FLOORS = (
     {"screen"},
     {"python", "demo", "flags", "places"},
     {"weighing", "file_verbs"},
+    {"checkpoint_verbs"},
     {"cli"},
     {"__main__", "__init__"},
 )
