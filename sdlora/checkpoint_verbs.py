@@ -81,9 +81,8 @@ def _bake(args: Namespace, specs: list[StackSpec], base: StoredBase) -> int:
     finally:
         countdown.close()
     if baked.left_out:
-        say(
-            f"note: {len(baked.left_out)} files with other forms of the weights are left out, {baked.left_out[0]} for one"
-        )
+        left = baked.left_out
+        say(f"note: {len(left)} files with other forms of the weights are left out, {left[0]} for one")
     say(f"{baked.changed} tensors changed, everything else is the base's to the byte")
     print(show_name(args.out))
     return 0

@@ -65,10 +65,11 @@ def bake(plan: Plan, base: StoredBase, out: Path, report: Callable[[int, int, st
     """Writes the base with W + ΔW of a static plan for its weights; the base's own files are only read.
 
     Each sum is taken in float32 and rounded once to the stored dtype; a tensor that does not change, and everything
-    else of the files (header, order, shards), is the base's to the byte. One tensor is in memory at a time. A file takes
-    its name when it is whole; a folder is built beside as `NAME.tmp`.
+    else of the files (header, order, shards), is the base's to the byte. One tensor is in memory at a time. A file
+    takes its name when it is whole; a folder is built beside as `NAME.tmp`.
 
-    Raises: ConfigError as `check_bake`; AdapterFileError where a sum is not finite; BaseModelError where the disk fails.
+    Raises: ConfigError as `check_bake`; AdapterFileError where a sum is not finite; BaseModelError where the disk
+    fails.
     """
     check_bake(plan, base, out)
     work = _plan_changes(plan, base)
@@ -157,7 +158,7 @@ def _bake_folder(
 
 
 def list_files(base: StoredBase) -> tuple[list[str], list[str]]:
-    """The files of a folder that its copy needs, and those that would be wrong in it: other forms of the same weights."""
+    """The files of a folder that its copy needs, and those that would be wrong in it: the same weights, unchanged."""
     used = {file.relative_to(base.source).as_posix() for file in base.files}
     parts = {name.partition("/")[0] for name in used}
     files, left_out = [], []

@@ -91,13 +91,15 @@ def extract(
 
 
 def _kind(family: str) -> str:
-    return (
-        "sd1" if family == "mini" else family
-    )  # a folder made from mini says no more than that; sizes tell them apart
+    # A folder made from mini says no more than that; sizes tell the two apart.
+    return "sd1" if family == "mini" else family
 
 
 def _find_targets(tuned: StoredBase, base: StoredBase, words: tuple[str, ...], found: Extracted) -> Iterator[str]:
-    """The modules that both have; those that only one has go into `found`. Raises: ConfigError for a word without any."""
+    """The modules that both have; those that only one has go into `found`.
+
+    Raises: ConfigError for a word that matches none.
+    """
     used: set[str] = set()
     for path in sorted({*tuned.places, *base.places}):
         part = path.partition(".")[0]

@@ -79,7 +79,9 @@ def accumulate(
     return torch.stack(losses).mean()
 
 
-def _error(base: Base, encoded: Encoded, objective: Objective, draws: Draws, word: InitWord | None = None) -> Tensor:
+def _error(
+    base: Base, encoded: Encoded, objective: Objective, draws: Draws, word: InitWord | None = None
+) -> Tensor:
     """The loss of one micro-batch; everything random is drawn and mixed on the CPU, the same for every device."""
     place = (draws.mirror, draws.picture)
     x0 = encoded.sample(*place, draws.posterior)  # [B, 4, H/8, W/8]
