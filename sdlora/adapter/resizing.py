@@ -51,7 +51,7 @@ def _resize_pair(path: str, pair: LowRank, keep: Keep, cost: Cost) -> LowRank:
     up = pair.up.detach().double().reshape(pair.up.shape[0], -1) * pair.scale  # [out, rank]
     down = pair.down.detach().double().reshape(pair.rank, -1)  # [rank, n]
     found = truncate_factors(up, down, keep)
-    if found.rank >= pair.rank:
+    if pair.rank <= max(found.rank, keep.rank or 0):
         cost.add(path, 0.0, found.whole)
         return pair
     cost.add(path, found.lost, found.whole)

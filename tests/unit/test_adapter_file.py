@@ -620,3 +620,19 @@ def test_a_misfit_names_the_module_and_both_shapes() -> None:
     with pytest.raises(AdapterFileError, match=r"2 more of 4 modules"):
         check_fit(make_adapter(), modules(), "a")
     assert misfits(make_adapter(TEXT), modules()) == [f"{TEXT} is not in the base (text_encoder is not loaded)"]
+
+
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(tmp_path):
+    """640 is 0x0280: its first two bytes are those of a pickle of protocol 2."""
+    lengths = set()
+    for size in range(300, 1500, 8):
+        path = tmp_path / "a.safetensors"
+        write_adapter(make_adapter(card=Card(family="sd1", trigger="x" * size)), path)
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        more = -length % 128
+        data = (length + more).to_bytes(8, "little") + data[8 : 8 + length] + b" " * more + data[8 + length :]
+        path.write_bytes(data)
+        lengths.add(data[:2])
+        assert read_adapter(path).card.trigger == "x" * size
+    assert lengths & {bytes((0x80, n)) for n in range(1, 6)}
