@@ -19,12 +19,10 @@ from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .file_verbs import (
     add_combine,
-    add_convert,
     add_diagnose,
     add_inspect,
     add_resize,
     run_combine,
-    run_convert,
     run_diagnose,
     run_inspect,
     run_resize,
@@ -33,6 +31,7 @@ from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
 from .screen import print_json, say, show_name, show_steps
+from .sharing_verbs import add_card, add_convert, run_card, run_convert
 from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
 from .weighing import add_balance, add_grid, run_balance, run_grid
@@ -223,6 +222,9 @@ def add_train(parser: Parser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--out", metavar="FILE", type=Path, help="LoRA to write (default: runs/<folder name>.safetensors)")
     run.add_argument("--config", metavar="TOML", type=Path, help="recipe to start from; flags go before it")
+    run.add_argument(
+        "--like", metavar="FILE", type=Path, help="repeats the recipe that this LoRA was trained by; flags go before it"
+    )
     run.add_argument("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
     run.add_argument(
         "--cache",
@@ -238,8 +240,20 @@ def add_train(parser: Parser) -> None:
 
 
 def read_recipe(args: Namespace) -> Recipe:
-    """The recipe of a command line: its TOML file, with the flags before it."""
-    return recipe_from_toml(args.config, {name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
+    """The recipe of a command line: its TOML file, or that of the LoRA it is to be like, with the flags before it."""
+    flags = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    like: Path | None = getattr(args, "like", None)
+    if like is None:
+        return recipe_from_toml(args.config, flags)
+    if args.config is not None:
+        raise ConfigError(f"--like {like} and --config {args.config} contradict each other; leave one out")
+    check_files([like])
+    from .training.settings import recipe_like
+
+    recipe, notes = recipe_like(like, flags)
+    for note in notes:
+        say(note)
+    return recipe
 
 
 def run_train(args: Namespace) -> int:
@@ -431,4 +445,5 @@ VERBS = {
     "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
     "diagnose": Verb("says how far two LoRAs get in each other's way", add_diagnose, run_diagnose),
     "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),
+    "card": Verb("writes a LoRA's page, and what interfaces show of it", add_card, run_card),
 }

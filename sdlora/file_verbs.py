@@ -1,4 +1,4 @@
-"""The verbs that work on LoRA files alone: combine, resize, inspect, diagnose, convert."""
+"""The verbs that work on LoRA files alone: combine, resize, inspect, diagnose."""
 
 from __future__ import annotations
 
@@ -227,22 +227,6 @@ def choose_dtype(name: str | None, adapter: Adapter | None = None) -> torch.dtyp
     pairs = [pair for delta in (adapter.deltas.values() if adapter else ()) if (pair := pair_of(delta)) is not None]
     own = {pair.down.dtype for pair in pairs}
     return own.pop() if len(own) == 1 and own <= set(WRITTEN_DTYPES) else torch.float32
-
-
-def add_convert(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="LoRA to read")
-    parser.add_argument("--to", metavar="|".join(_FORMATS), choices=_FORMATS, required=True, help="names to write")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
-
-
-def run_convert(args: Namespace) -> int:
-    check_files([args.file])
-    check_output(args.out, [args.file])
-    from .adapter.file import read_adapter, write_adapter
-
-    write_adapter(read_adapter(args.file), args.out, format=args.to)
-    print(show_name(args.out))
-    return 0
 
 
 def add_inspect(parser: Parser) -> None:
