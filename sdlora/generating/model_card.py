@@ -86,10 +86,9 @@ def describe_use(name: str, summary: Mapping[str, Any]) -> list[str]:
             texts.append(f"**A1111, Forge**: put the file into `models/Lora` and write\n\n{_fence(line)}")
     else:
         texts.append(f"**ComfyUI, A1111, Forge** need other names: `sdlora convert {_code(file)} --to kohya --out …`.")
-    if format == "kohya" and "dora" in kinds:
-        texts.append(
-            "**diffusers** leaves out a DoRA's lengths under these names; `sdlora convert --to diffusers` first."
-        )
+    if format == "peft" or (format == "kohya" and "dora" in kinds):
+        why = "opens no PEFT names" if format == "peft" else "leaves out a DoRA's lengths under these names"
+        texts.append(f"**diffusers** {why}: `sdlora convert {_code(file)} --to diffusers --out …`.")
     else:
         pipeline = _PIPELINES.get(family, "StableDiffusionPipeline")
         lines = [

@@ -313,7 +313,8 @@ def test_a_page_tells_of_each_format_and_kind_only_what_works(tmp_path):
         assert run("card", f"{name}.safetensors", "--out", "pages") == 0
         pages[name] = Path(f"pages/{name}.md").read_text()
     assert "A1111 leaves out what makes a LoRA a DoRA" in pages["d"]
-    assert "`sdlora convert --to diffusers` first" in pages["d"]
+    assert "`sdlora convert d.safetensors --to diffusers --out …`" in pages["d"]
+    assert "opens no PEFT names: `sdlora convert p.safetensors --to diffusers --out …`" in pages["p"]
     assert 'base_model: "owner/two"' in pages["d"]
     assert "<lora:" not in pages["p"]
     assert "`sdlora convert p.safetensors --to kohya --out …`" in pages["p"]
