@@ -14,22 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .agreement import check_family
+from .checkpoint_verbs import add_bake, add_extract, run_bake, run_extract
 from .config import FIELDS, Recipe, recipe_from_toml, recipe_to_toml
 from .errors import BaseModelError, ConfigError, RunInterrupted, SdloraError
 from .file_verbs import (
     add_combine,
-    add_convert,
     add_diagnose,
     add_inspect,
+    add_resize,
     run_combine,
-    run_convert,
     run_diagnose,
     run_inspect,
+    run_resize,
 )
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
 from .screen import print_json, say, show_name, show_steps
+from .sharing_verbs import add_card, add_convert, run_card, run_convert
 from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
 from .weighing import add_balance, add_grid, run_balance, run_grid
@@ -220,6 +222,9 @@ def add_train(parser: Parser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--out", metavar="FILE", type=Path, help="LoRA to write (default: runs/<folder name>.safetensors)")
     run.add_argument("--config", metavar="TOML", type=Path, help="recipe to start from; flags go before it")
+    run.add_argument(
+        "--like", metavar="FILE", type=Path, help="repeats the recipe that this LoRA was trained by; flags go before it"
+    )
     run.add_argument("--device", default="auto", metavar="|".join(_DEVICES), choices=_DEVICES, help="(default: auto)")
     run.add_argument(
         "--cache",
@@ -235,8 +240,20 @@ def add_train(parser: Parser) -> None:
 
 
 def read_recipe(args: Namespace) -> Recipe:
-    """The recipe of a command line: its TOML file, with the flags before it."""
-    return recipe_from_toml(args.config, {name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
+    """The recipe of a command line: its TOML file, or that of the LoRA it is to be like, with the flags before it."""
+    flags = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    like: Path | None = getattr(args, "like", None)
+    if like is None:
+        return recipe_from_toml(args.config, flags)
+    if args.config is not None:
+        raise ConfigError(f"--like {like} and --config {args.config} contradict each other; leave one out")
+    check_files([like])
+    from .training.settings import recipe_like
+
+    recipe, notes = recipe_like(like, flags)
+    for note in notes:
+        say(note)
+    return recipe
 
 
 def run_train(args: Namespace) -> int:
@@ -422,7 +439,11 @@ VERBS = {
     "grid": Verb("draws two LoRAs at several weights each, labelled", add_grid, run_grid),
     "balance": Verb("finds the weights at which a style and a subject both show", add_balance, run_balance),
     "combine": Verb("writes several LoRAs, weighted, as one exact file", add_combine, run_combine),
+    "bake": Verb("merges LoRAs, weighted, into a checkpoint", add_bake, run_bake),
+    "extract": Verb("makes a LoRA of what a fine-tuned checkpoint differs in", add_extract, run_extract),
+    "resize": Verb("writes a LoRA with fewer ranks, and says what that costs", add_resize, run_resize),
     "inspect": Verb("says what a LoRA file is", add_inspect, run_inspect),
     "diagnose": Verb("says how far two LoRAs get in each other's way", add_diagnose, run_diagnose),
     "convert": Verb("writes the same LoRA under another tool's names", add_convert, run_convert),
+    "card": Verb("writes a LoRA's page, and what interfaces show of it", add_card, run_card),
 }

@@ -193,6 +193,8 @@ class Recipe:
     """Steps between two measurements of the validation loss; the last step is always measured."""
     checkpoint_every: int = 100
     """Steps between saved states that a stopped run goes on from; 0 saves only when it stops."""
+    share_captions: bool = False
+    """Writes into the LoRA how often each tag of the captions occurs; without it nothing of them is in it."""
     tracker: tuple[str, ...] = ()
     """Also logs to tensorboard, wandb or trackio, in the run folder's trackers; may be given several times."""
 

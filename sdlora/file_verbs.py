@@ -1,4 +1,4 @@
-"""The verbs that work on LoRA files alone: combine, inspect, diagnose, convert."""
+"""The verbs that work on LoRA files alone: combine, resize, inspect, diagnose."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .flags import Parser, read_whole_number
+from .flags import Parser, read_number, read_whole_number
 from .places import check_files, check_folder, check_output
 from .profiles import StackSpec, parse_stacked
-from .screen import print_json, say, show_name
+from .screen import Countdown, print_json, say, show_name
 
 if TYPE_CHECKING:
+    import torch
+
     from .adapter.delta import Adapter
     from .combining.plan import Member
 
 _FORMATS = ("kohya", "diffusers", "peft")
+_DTYPES = ("fp32", "fp16", "bf16")
 _LORA = "LoRA file with its weight (default 1) and, after it, another weight for the text encoder's part"
 
 
@@ -66,7 +69,8 @@ def run_combine(args: Namespace) -> int:
     if given and not zips:
         raise ConfigError(f"{given[0]} is for --method zip, and the method is {args.method}; leave it out")
     from .adapter.file import write_adapter
-    from .combining.stack import Cost, combine
+    from .adapter.truncation import Cost
+    from .combining.stack import combine
 
     cost = Cost()
     if zips:
@@ -156,20 +160,73 @@ def run_diagnose(args: Namespace) -> int:
     return 0
 
 
-def add_convert(parser: Parser) -> None:
+def add_resize(parser: Parser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="LoRA to read")
-    parser.add_argument("--to", metavar="|".join(_FORMATS), choices=_FORMATS, required=True, help="names to write")
+    keep = parser.add_argument_group("how many ranks of each module stay: one of these")
+    keep.add_argument("--rank", metavar="R", type=read_whole_number, help="so many at most")
+    keep.add_argument(
+        "--error", metavar="SHARE", type=read_number, help="as few as change ΔW by this share of its norm at most"
+    )
+    keep.add_argument(
+        "--energy", metavar="SHARE", type=read_number, help="as few as hold this share of ΔW's squared norm at least"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="LoRA to write")
+    add_written(parser, "FILE's own")
 
 
-def run_convert(args: Namespace) -> int:
+def run_resize(args: Namespace) -> int:
     check_files([args.file])
     check_output(args.out, [args.file])
+    from .adapter.delta import Dora
     from .adapter.file import read_adapter, write_adapter
+    from .adapter.resizing import resize
+    from .adapter.truncation import Cost, Keep
 
-    write_adapter(read_adapter(args.file), args.out, format=args.to)
+    keep, cost = Keep(args.rank, args.error, args.energy), Cost()
+    adapter = read_adapter(args.file)
+    countdown = Countdown("resizing", "modules", first_s=1.0)
+    try:
+        smaller = resize(adapter, keep, cost, countdown)
+    finally:
+        countdown.close()
+    write_adapter(smaller, args.out, format=args.format, dtype=choose_dtype(args.dtype, adapter))
+    for line in cost.lines():
+        say(line)
+    if any(isinstance(delta, Dora) for delta in adapter.deltas.values()):
+        say("note: of DoRA modules, that is the error of their low-rank part; their lengths stay")
     print(show_name(args.out))
     return 0
+
+
+def add_written(parser: Parser, dtype: str) -> None:
+    """The flags that say how a LoRA file is written."""
+    parser.add_argument(
+        "--format",
+        default="kohya",
+        metavar="|".join(_FORMATS),
+        choices=_FORMATS,
+        help="names to write (default: kohya)",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="|".join(_DTYPES),
+        choices=_DTYPES,
+        help=f"number format of the factors (default: {dtype})",
+    )
+
+
+def choose_dtype(name: str | None, adapter: Adapter | None = None) -> torch.dtype:
+    """The dtype of factors that a flag names; without it that of the adapter's, and float32 for others."""
+    import torch
+
+    from .adapter.delta import pair_of
+    from .adapter.file import WRITTEN_DTYPES
+
+    if name is not None:
+        return dict(zip(_DTYPES, WRITTEN_DTYPES, strict=True))[name]
+    pairs = [pair for delta in (adapter.deltas.values() if adapter else ()) if (pair := pair_of(delta)) is not None]
+    own = {pair.down.dtype for pair in pairs}
+    return own.pop() if len(own) == 1 and own <= set(WRITTEN_DTYPES) else torch.float32
 
 
 def add_inspect(parser: Parser) -> None:

@@ -42,8 +42,9 @@ RECIPE_GROUPS = {
         "loss", "huber_c", "huber_schedule", "weighting", "min_snr_gamma", "noise_offset", "pyramid_noise",
         "pyramid_discount", "input_perturbation", "t_min", "t_max", "t_bias",
     ),
-    "previews, validation, checkpoints and trackers": (
-        "preview", "preview_every", "validation_share", "validate_every", "checkpoint_every", "tracker",
+    "previews, validation, checkpoints, what the file tells, and trackers": (
+        "preview", "preview_every", "validation_share", "validate_every", "checkpoint_every", "share_captions",
+        "tracker",
     ),
 }  # fmt: skip
 _METAVARS = {

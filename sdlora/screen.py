@@ -45,15 +45,20 @@ def show_steps() -> Callable[[int, int], None] | None:
 
 
 class Countdown:
-    """Pictures done and time left on stderr: a bar on a terminal, else a plain line every ten seconds."""
+    """What is done and the time left on stderr: a bar on a terminal, else a plain line every ten seconds.
 
-    def __init__(self) -> None:
-        self._start_s = self._said_s = time.perf_counter()
+    What takes less than `first_s` seconds is silent.
+    """
+
+    def __init__(self, doing: str = "drawing", unit: str = "pictures", first_s: float = _LINE_EVERY_S) -> None:
+        self._start_s = time.perf_counter()
+        self._due_s = self._start_s + first_s
+        self._unit = unit
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc="drawing", unit=" pictures", file=sys.stderr, leave=False)
+            self._bar = tqdm(desc=doing, unit=f" {unit}", file=sys.stderr, leave=False)
 
     def __call__(self, done: int, total: int, what: str) -> None:
         if self._bar is not None:
@@ -62,10 +67,10 @@ class Countdown:
             self._bar.update(done - self._bar.n)
             return
         now_s = time.perf_counter()
-        if now_s - self._said_s >= _LINE_EVERY_S:
-            self._said_s = now_s
+        if now_s >= self._due_s and done < total:
+            self._due_s = now_s + _LINE_EVERY_S
             left_s = round((total - done) * (now_s - self._start_s) / max(done, 1))
-            say(f"{done}/{total} pictures · {what} · about {left_s // 60}:{left_s % 60:02d} left")
+            say(f"{done}/{total} {self._unit} · {what} · about {left_s // 60}:{left_s % 60:02d} left")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError
 from .delta import Card
 from .keys import DEFAULT_FAMILY, GRAMMARS, SUFFIXES, path_of_dotted, uses_sdxl_names
 
 FORMAT_VERSION = "1"
+TAGS_KEY = "ss_tag_frequency"
+"""How often each tag of the captions occurs; only where whoever trained the LoRA shares them."""
+HASH_KEY = "modelspec.hash_sha256"
+KEPT_KEYS = (
+    "modelspec.title", "modelspec.author", "modelspec.date", "modelspec.description", "modelspec.license",
+    "modelspec.usage_hint", "modelspec.tags", "modelspec.merged_from", "modelspec.thumbnail", "ss_output_name",
+)  # fmt: skip
+"""What a file's author says of it, which stays when it is written again."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +36,30 @@ class FamilyNames:
     kohya: str
     architecture: str
     resolution_px: int
+    people: str
+    """What people call it."""
     implementation: str = "diffusers"
     """Whose names kohya's files use."""
 
 
 FAMILY_NAMES: dict[str, FamilyNames] = {
-    "sd1": FamilyNames("sd_v1", "stable-diffusion-v1", 512),
-    "sd2": FamilyNames("sd_v2", "stable-diffusion-v2-512", 512),
+    "sd1": FamilyNames("sd_v1", "stable-diffusion-v1", 512, "Stable Diffusion 1.x"),
+    "sd2": FamilyNames("sd_v2", "stable-diffusion-v2-512", 512, "Stable Diffusion 2.x"),
     "sdxl": FamilyNames(
         "sdxl_base_v1-0",
         "stable-diffusion-xl-v1-base",
         1024,
+        "SDXL",
         implementation="https://github.com/Stability-AI/generative-models",
     ),
-    "mini": FamilyNames("sdlora_mini", "stable-diffusion-v1-mini", 128),
+    "mini": FamilyNames("sdlora_mini", "stable-diffusion-v1-mini", 128, "sdlora's built-in mini"),
 }
-VELOCITY_NAMES: dict[str, FamilyNames] = {"sd2": FamilyNames("sd_v2_v", "stable-diffusion-v2-768-v", 768)}
+VELOCITY_NAMES: dict[str, FamilyNames] = {
+    "sd2": FamilyNames("sd_v2_v", "stable-diffusion-v2-768-v", 768, "Stable Diffusion 2.x with velocity prediction")
+}
 """What is called otherwise where the base predicts velocity."""
+TIMESTEPS = 1000
+"""Steps of the noise schedules of all families."""
 FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of the text states that cross-attention reads."""
 _DOWNS = ("_lora.down.weight", *(suffix for suffix, (_, role) in SUFFIXES.items() if role == "down"))
@@ -62,9 +80,10 @@ def describe_card(card: Card, modules: Modules, format: str = "kohya") -> dict[s
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": f"{card.trigger} LoRA" if card.trigger else "LoRA",
+        "modelspec.title": _title(card.trigger),
         "sdlora.version": FORMAT_VERSION,
     }
+    metadata |= _describe_use(card)
     names = FAMILY_NAMES.get(card.family)
     if names:
         velocity = card.settings.get("prediction_type") in ("v", "v_prediction")
@@ -74,16 +93,19 @@ def describe_card(card: Card, modules: Modules, format: str = "kohya") -> dict[s
             "ss_base_model_version": names.kohya,
             "ss_v2": str(card.family == "sd2"),  # A1111 tells SD 2.x by it
             "modelspec.architecture": f"{names.architecture}/lora",
+            "modelspec.description": f"{_title(card.trigger)} for {names.people}",
             "modelspec.prediction_type": "v" if velocity else "epsilon",
             "modelspec.resolution": f"{side}x{side}",
             "modelspec.implementation": names.implementation if format == "kohya" else "diffusers",
         }
     if card.trigger:
         metadata["modelspec.trigger_phrase"] = card.trigger
+        metadata["modelspec.usage_hint"] = f"Trigger: {card.trigger}"
+        metadata["ss_output_name"] = re.sub(r"\W+", "_", card.trigger).strip("_")
     if card.family:
         metadata["sdlora.family"] = card.family
     if base:
-        metadata["sdlora.base"] = base
+        metadata["sdlora.base"] = metadata["ss_sd_model_name"] = base
     if card.settings:
         settings = dict(card.settings)
         if "base" in settings:
@@ -91,7 +113,55 @@ def describe_card(card: Card, modules: Modules, format: str = "kohya") -> dict[s
         metadata["sdlora.recipe"] = json.dumps(
             settings, sort_keys=True, ensure_ascii=False, default=lambda v: public_name(str(v))
         )
+    metadata |= {key: card.metadata[key] for key in KEPT_KEYS if key in card.metadata}
+    if card.settings.get("share_captions") and TAGS_KEY in card.metadata:
+        metadata[TAGS_KEY] = card.metadata[TAGS_KEY]
     return {k: v.encode("utf-8", "replace").decode("utf-8") for k, v in metadata.items()}
+
+
+def _describe_use(card: Card) -> dict[str, str]:
+    """What hangs on the settings: the part of the schedule, the layers left out, what was combined; and the date."""
+    settings, found = card.settings, {}
+    t_min, t_max = settings.get("t_min", 0), settings.get("t_max", 1)
+    if _is_number(t_min) and _is_number(t_max) and (t_min, t_max) != (0, 1):
+        found["modelspec.timestep_range"] = f"{round(t_min * TIMESTEPS)},{round(t_max * TIMESTEPS) - 1}"
+    if _is_number(settings.get("clip_skip")):
+        found["ss_clip_skip"] = str(int(settings["clip_skip"]) + 1)  # others count the last layer too
+    combined = settings.get("combined")
+    if isinstance(combined, list):
+        titles = [_title(str(row.get("trigger", ""))) for row in combined if isinstance(row, dict)]
+        found["modelspec.merged_from"] = ", ".join(titles)
+    if date := read_build_date():
+        found["modelspec.date"] = date
+    return found
+
+
+def _title(trigger: str) -> str:
+    return f"{trigger} LoRA" if trigger else "LoRA"
+
+
+def read_build_date() -> str:
+    """The date that SOURCE_DATE_EPOCH names, as 2026-01-31; empty without one: the clock would change the bytes.
+
+    Raises: ConfigError where it is no number of seconds. Source: reproducible-builds.org, SOURCE_DATE_EPOCH.
+    """
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not text:
+        return ""
+    try:
+        return datetime.datetime.fromtimestamp(int(text), datetime.UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"SOURCE_DATE_EPOCH = {text!r} is no number of seconds since 1970; unset it") from None
+
+
+def describe_tags(captions: Iterable[str]) -> str:
+    """How many pictures have each tag, as sd-scripts writes it; its folder's name is not the data folder's."""
+    counts: dict[str, int] = {}
+    for caption in captions:
+        tags = {tag.strip() for line in caption.split("\n") for tag in line.split(",")}
+        for tag in sorted(tags - {""}):
+            counts[tag] = counts.get(tag, 0) + 1
+    return json.dumps({"images": dict(sorted(counts.items()))}, ensure_ascii=False)
 
 
 def read_card(metadata: Mapping[str, str], family: str) -> Card:

@@ -52,7 +52,10 @@ def write_adapter(
     if format != "kohya":
         metadata |= cards.describe_alphas(sizes, doras)
     tensors = name_tensors(deltas, format, adapter.card.family)
-    _write_atomically(path, replace_metadata(safetensors.torch.save(tensors), metadata))
+    data = safetensors.torch.save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    metadata[cards.HASH_KEY] = f"0x{hashlib.sha256(memoryview(data)[start:]).hexdigest()}"
+    _write_atomically(path, replace_metadata(data, metadata))
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

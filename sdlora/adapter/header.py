@@ -58,10 +58,12 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if not stat.S_ISREG(info.st_mode):
                 refuse("is no regular file; give a .safetensors file")
             size = info.st_size
-            first = f.read(8)
+            first, brace = f.read(8), f.read(1)
             if size == 0:
                 refuse("is empty (0 bytes); copy or train it again")
-            if first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05"):
+            # A header of 640 bytes, say, has a length that begins as a pickle does; but JSON follows it.
+            pickled = first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05" and brace != b"{"
+            if first[:4] == b"PK\x03\x04" or pickled:
                 refuse("is a pickle, which can run code when it is read; only .safetensors is read")
             if len(first) < 8:
                 refuse(f"has only {size} bytes, too few for a .safetensors file")
@@ -70,7 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 refuse(f"is no .safetensors file: its header would be {length} bytes long")
             if 8 + length > size:
                 refuse(f"is truncated or no .safetensors file: its header ends at byte {8 + length} of {size}")
-            raw = f.read(length)
+            raw = brace + f.read(length - 1)
     except FileNotFoundError:
         refuse("does not exist; check the path")
     except IsADirectoryError:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..adapter.delta import Dora
+from ..adapter.truncation import name_block
 from ..errors import AdapterFileError
 from .layer import Factors, factorize
 from .plan import Member
-from .stack import name_block
 
 RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest count as 0: float32 factors are exact to about 1e-7."""

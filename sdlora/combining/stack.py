@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import cast
 
-import torch
-
-from ..adapter.delta import Adapter, Card, Delta, Dora, LowRank, shape_of
+from ..adapter.delta import Adapter, Card, Delta, Dora, shape_of
+from ..adapter.truncation import Cost, Keep, make_pair, truncate_dense, truncate_factors
 from ..errors import AdapterFileError, ConfigError
-from .layer import Layer
 from .methods import describe_method
 from .methods.method import DenseFilling, Filling, Method
 from .plan import Member, Plan, Stacked
-
-
-@dataclass
-class Cost:
-    """What a truncation loses of each block's ΔW, as energies ‖·‖² (Frobenius)."""
-
-    lost: dict[str, float] = field(default_factory=dict)
-    whole: dict[str, float] = field(default_factory=dict)
-
-    def add(self, path: str, lost: float, whole: float) -> None:
-        for block in (name_block(path), "all"):
-            self.lost[block] = self.lost.get(block, 0.0) + lost
-            self.whole[block] = self.whole.get(block, 0.0) + whole
-
-    @property
-    def errors(self) -> Mapping[str, float]:
-        """Block -> ‖ΔW - truncated‖ / ‖ΔW‖, and `all`."""
-        return {block: (self.lost[block] / whole) ** 0.5 if whole else 0.0 for block, whole in self.whole.items()}
-
-    def lines(self) -> list[str]:
-        """A line for each block and one for all: what share of ΔW's norm is lost."""
-        rows = sorted(self.errors.items(), key=lambda row: (row[0] == "all", row[0]))
-        return [f"{block:16} relative error {error:.2%}" for block, error in rows]
 
 
 def combine(
@@ -92,53 +65,20 @@ def _combine_module(
     gains = [members[place].weight_of(path) for place in layer.places]
     (shape,) = shapes
     if isinstance(filling, DenseFilling):
-        return _truncate_dense(path, filling.delta(layer, gains), shape, cast(int, rank), cost)
+        found = truncate_dense(filling.delta(layer, gains), Keep(rank))
+        if cost is not None:
+            cost.add(path, found.lost, found.whole)
+        return found.pair(shape)
     m = cast(Filling, filling).middle(layer, gains, None)
     up = layer.up * m if m.dim() == 1 else layer.up @ m  # [out, R]
     if rank is None or rank >= layer.down.shape[0]:
         if cost is not None:
             cost.add(path, 0.0, float(((up.T @ up) * (layer.down @ layer.down.T)).sum()))
-        return _pair(layer.down, up, shape)
-    return _truncate(path, layer, up, shape, rank, cost)
-
-
-def _pair(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> LowRank:
-    """float64 factors, rounded once to float32."""
-    rank = len(down)
-    return LowRank(
-        down.float().reshape(rank, *shape[1:]), up.float().reshape(-1, rank, *[1] * (len(shape) - 2)), alpha=float(rank)
-    )
-
-
-def _truncate(
-    path: str, layer: Layer, up: torch.Tensor, shape: tuple[int, ...], rank: int, cost: Cost | None
-) -> LowRank:
-    """The best pair of that rank for up · down, from the QR factors of both: no dense ΔW is made."""
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(layer.down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+        return make_pair(layer.down, up, shape)
+    found = truncate_factors(up, layer.down, Keep(rank))
     if cost is not None:
-        cost.add(path, float((s[rank:] ** 2).sum()), float((s**2).sum()))
-    root = s[:rank].sqrt()
-    return _pair((root[:, None] * vh[:rank]) @ q_down.T, q_up @ (u[:, :rank] * root), shape)
-
-
-def _truncate_dense(path: str, delta: torch.Tensor, shape: tuple[int, ...], rank: int, cost: Cost | None) -> LowRank:
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    if cost is not None:
-        cost.add(path, float((s[rank:] ** 2).sum()), float((s**2).sum()))
-    root = s[:rank].sqrt()
-    return _pair(root[:, None] * vh[:rank], u[:, :rank] * root, shape)
-
-
-def name_block(path: str) -> str:
-    """The block of a module path as people name it: `down.1`, `mid`, `up.0`, `text_encoder`."""
-    part, _, rest = path.partition(".")
-    if part != "unet":
-        return part
-    words = rest.split(".")
-    side = words[0].removesuffix("_blocks").removesuffix("_block")
-    return f"{side}.{words[1]}" if words[0].endswith("_blocks") and len(words) > 1 else side
+        cost.add(path, found.lost, found.whole)
+    return found.pair(shape)
 
 
 def _combine_cards(plan: Plan) -> Card:
@@ -161,3 +101,6 @@ def _combine_cards(plan: Plan) -> Card:
         trigger=join([c.trigger for c in cards]),
         settings=settings,
     )
+
+
+__all__ = ["Cost", "combine"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapter.card import TAGS_KEY, describe_tags
 from ..adapter.delta import Card
 from ..adapter.file import file_sha256, read_adapter
 from ..adapter.layers import LoraLayers, attach
@@ -89,12 +91,18 @@ def name_sources(base: Base, recipe: Recipe) -> dict[str, Any]:
     return sources
 
 
-def make_card(base: Base, recipe: Recipe, sources: dict[str, Any], processes: int = 1) -> Card:
-    """What the file says of itself: the settings that decided it, no path among them."""
+def make_card(
+    base: Base, recipe: Recipe, sources: dict[str, Any], processes: int = 1, captions: Sequence[str] = ()
+) -> Card:
+    """What the file says of itself: the settings that decided it, no path among them.
+
+    Of the captions it tells how often each tag occurs, where the recipe shares them, and else nothing.
+    """
     settings = list_settings(base, recipe) | sources | ({"processes": processes} if processes > 1 else {})
     if prediction_type_of(base.scheduler_config) == "v_prediction":
         settings["prediction_type"] = "v_prediction"
-    return Card(family=base.family.name, base=base.name, trigger=recipe.trigger, settings=settings)
+    metadata = {TAGS_KEY: describe_tags(captions)} if recipe.share_captions else {}
+    return Card(base.family.name, base.name, recipe.trigger, settings, metadata)
 
 
 __all__ = ["attach_layers", "check_base", "describe_settings", "make_card", "name_sources"]

@@ -203,7 +203,8 @@ def _train(
                         say(line)
                     processes.exchange()  # from here on they meet in every step
                     fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior, word_text)
-                    adapter = layers.adapter(make_card(base, recipe, sources, processes.count))
+                    captions = [example.caption for example in material.examples]
+                    adapter = layers.adapter(make_card(base, recipe, sources, processes.count, captions))
                 finally:
                     layers.detach_from_base()
         except KeyboardInterrupt:

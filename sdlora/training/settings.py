@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import UNDECISIVE, Recipe
+from ..adapter.header import printable, read_header
+from ..config import FIELDS, UNDECISIVE, Recipe, make_recipe
+from ..data.masks import ALPHA
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..bases.family import Base
+
+
+_FILES_OF_A_RUN = {
+    "masks": ("masks", "--masks"),
+    "class_data": ("class_data", "--class-data"),
+    "continued": ("continue_from", "--continue"),
+    "merged": ("merge", "--merge"),
+}
+"""What a file says of other files that its run read, by digest: the field that names them, and its flag."""
 
 
 def describe_learning(recipe: Recipe) -> list[str]:
@@ -19,6 +34,40 @@ def describe_learning(recipe: Recipe) -> list[str]:
 def list_settings(base: Base, recipe: Recipe) -> dict[str, Any]:
     """The recipe's values that decide the result, with the base's public name: its own may be a path."""
     return {k: v for k, v in asdict(recipe).items() if k not in UNDECISIVE} | {"base": base.name}
+
+
+def recipe_like(file: Path, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe that a LoRA file was trained by, with `overrides` before it; and lines on what it cannot repeat.
+
+    Raises: ConfigError where the file names no such recipe, or a value of it cannot be used; AdapterFileError.
+    """
+    _, metadata = read_header(file)
+    name = printable(file)
+    try:
+        said = json.loads(metadata.get("sdlora.recipe", "{}"))
+    except (ValueError, RecursionError):
+        said = {}
+    if not isinstance(said, dict) or "steps" not in said or "base" not in said:
+        raise ConfigError(f"{name} names no recipe: sdlora did not train it; give --config or flags instead of --like")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in FIELDS and v is not None}
+    if values.get("masks") != ALPHA:
+        values.pop("masks", None)  # the digest of a folder of them
+    values.pop("class_data", None)
+    values |= overrides
+    if "masks" not in values:
+        values.pop("mask_outside", None)
+    notes = [
+        f"note: {name} was trained with {flag}, and does not name its files; give {flag} again to repeat that"
+        for key, (field, flag) in _FILES_OF_A_RUN.items()
+        if said.get(key) and field not in values
+    ]
+    base = str(values["base"])
+    if base != "mini" and not Path(base).exists() and "/" not in base:
+        raise ConfigError(f"{name} was trained on {printable(base, 60)}, which is not here; say where (--base)")
+    try:
+        return make_recipe(values), notes
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def advise(recipe: Recipe) -> list[str]:

@@ -16,7 +16,7 @@ from sdlora import cli
 from sdlora.errors import RunInterrupted
 from tests.tiny import save_tiny_pipeline
 
-VERBS = ("demo", "check", "train", "generate", "grid", "balance", "combine", "inspect", "convert")
+VERBS = tuple(cli.VERBS)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import make_tiny_parts, make_tiny_pipeline
 
-from sdlora.adapter import Adapter, Card, LayerPlan, attach, find_module, weight_on, write_adapter
+from sdlora.adapter import Adapter, Card, LayerPlan, attach, find_module, read_adapter, weight_on, write_adapter
+from sdlora.adapter.resizing import resize
+from sdlora.adapter.truncation import Keep
+from sdlora.bases.stored import find_stored
+from sdlora.combining.baking import bake
+from sdlora.combining.extraction import extract
+from sdlora.combining.plan import Plan
 
 pytest.importorskip("peft")
 # As deep as the real one, since its names count the blocks.
@@ -58,6 +64,8 @@ def outputs(parts: dict[str, nn.Module], family: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "format", "words", "dora"),
     [
+        ("sd1", "kohya", ("attention", "feed-forward", "projections", "convolutions", "time"), False),
+        ("sd2", "kohya", ("attention", "feed-forward", "projections"), False),
         ("sdxl", "kohya", ("attention", "feed-forward", "projections", "convolutions", "time"), False),
         ("sdxl", "diffusers", ("attention", "feed-forward"), False),
         ("sd1", "diffusers", ("attention",), True),
@@ -71,15 +79,50 @@ def test_diffusers_opens_the_file_and_computes_the_same(
     adapter = learnt_adapter(parts, words, family, LayerPlan(dora=dora))
     plain = outputs(parts, family)
     write_adapter(adapter, tmp_path / "a.safetensors", format)
+    found = outputs(load_in_diffusers(tmp_path / "a.safetensors", adapter, family, options, caplog), family)
+    check_outputs(adapter, family, options, plain, found)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_diffusers_opens_resized_and_extracted_files_too(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = THREE_LEVELS if family == "sdxl" else {}
+    parts = make_tiny_parts(0, family, **options)
+    learnt = learnt_adapter(parts, ("attention", "feed-forward"), family, LayerPlan())
+    plain = outputs(parts, family)
+    write_adapter(resize(learnt, Keep(2)), tmp_path / "small.safetensors")
+    make_tiny_pipeline(0, family=family, **options).save_pretrained(tmp_path / "base")
+    stored = find_stored(str(tmp_path / "base"))
+    bake(Plan.of([(learnt, 1.0)]), stored, tmp_path / "tuned")
+    extracted = extract(find_stored(str(tmp_path / "tuned")), stored, rank=3)
+    write_adapter(extracted.adapter, tmp_path / "extracted.safetensors")
+    assert set(extracted.adapter.deltas) == set(learnt.deltas)
+    for name in ("small", "extracted"):
+        adapter = read_adapter(tmp_path / f"{name}.safetensors")
+        found = outputs(load_in_diffusers(tmp_path / f"{name}.safetensors", adapter, family, options, caplog), family)
+        check_outputs(adapter, family, options, plain, found)
+
+
+def load_in_diffusers(
+    file: Path, adapter: Adapter, family: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> dict[str, nn.Module]:
+    """A pipeline's parts with the file loaded, once every module of it has a layer and no key is left over."""
     pipe = make_tiny_pipeline(0, family=family, **options)
     with caplog.at_level(logging.WARNING):
-        pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
-    names = [part for part in parts if part != "vae"]
-    adapted = {part: getattr(pipe, part) for part in names}
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    adapted = {part: getattr(pipe, part) for part in make_tiny_parts(0, family, **options) if part != "vae"}
     assert sum(hasattr(m, "lora_A") for part in adapted.values() for m in part.modules()) == len(adapter.deltas)
-    assert not [r for r in caplog.records if "unexpected" in r.message or "missing" in r.message]
-    found = outputs(adapted, family)
+    assert not [
+        r for r in caplog.records if any(word in r.message for word in ("unexpected", "missing", "No LoRA keys"))
+    ]
+    return adapted
 
+
+def check_outputs(
+    adapter: Adapter, family: str, options: dict[str, Any], plain: list[torch.Tensor], found: list[torch.Tensor]
+) -> None:
+    """What diffusers computes is what W + ΔW gives."""
     ours = make_tiny_parts(0, family, **options)
     for path, delta in adapter.deltas.items():
         weight = find_module(ours, path).weight

@@ -620,3 +620,17 @@ def test_a_misfit_names_the_module_and_both_shapes() -> None:
     with pytest.raises(AdapterFileError, match=r"2 more of 4 modules"):
         check_fit(make_adapter(), modules(), "a")
     assert misfits(make_adapter(TEXT), modules()) == [f"{TEXT} is not in the base (text_encoder is not loaded)"]
+
+
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(tmp_path):
+    """640 is 0x0280: its first two bytes are those of a pickle of protocol 2."""
+    path, wanted = tmp_path / "a.safetensors", {bytes((0x80, n)) for n in range(1, 6)}
+    write_adapter(make_adapter(), path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    aims = [n for n in range(length, length + 0x10100) if n.to_bytes(8, "little")[:2] in wanted]
+    for aim in aims:
+        padded = aim.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (aim - length) + data[8 + length :]
+        path.write_bytes(padded)
+        assert set(read_adapter(path).deltas) == set(make_adapter().deltas)
+    assert len(aims) == 5

@@ -24,6 +24,7 @@ FLOORS = (
     {"screen"},
     {"python", "demo", "flags", "places"},
     {"weighing", "file_verbs"},
+    {"checkpoint_verbs", "sharing_verbs"},
     {"cli"},
     {"__main__", "__init__"},
 )
