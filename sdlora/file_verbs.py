@@ -231,6 +231,9 @@ def choose_dtype(name: str | None, adapter: Adapter | None = None) -> torch.dtyp
 
 def add_inspect(parser: Parser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="LoRA files")
+    parser.add_argument(
+        "--full", action="store_true", help="energy and hashes of files above 200 MB too, and whether they hold NaN"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -238,7 +241,7 @@ def run_inspect(args: Namespace) -> int:
     check_files(args.files)
     from .adapter.summary import list_summary, summarize
 
-    found = [summarize(file) for file in args.files]
+    found = [summarize(file, args.full) for file in args.files]
     if args.json:
         print_json(found)
     else:

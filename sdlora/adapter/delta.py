@@ -55,7 +55,7 @@ class Dora:
     first kind. Source: Liu et al. 2024, DoRA, equation 5.
     """
 
-    inner: LowRank
+    inner: Delta
     magnitude: Tensor
 
     @property
@@ -92,7 +92,8 @@ def shape_of(delta: Delta) -> tuple[int, ...]:
     pair = delta.inner if isinstance(delta, Dora) else delta
     if isinstance(pair, LowRank):
         return (int(pair.up.shape[0]), *map(int, pair.down.shape[1:]))
-    return tuple(delta.weight().shape)
+    own: tuple[int, ...] | None = getattr(pair, "shape", None)
+    return tuple(pair.weight().shape) if own is None else own
 
 
 def pair_of(delta: Delta) -> LowRank | None:
@@ -126,6 +127,8 @@ class Adapter:
 
     deltas: dict[str, Delta]
     card: Card = field(default_factory=Card)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    """Textual-inversion embeddings that came in the same file, under its keys; kept, and not used."""
 
     def save(self, path: str, format: str = "kohya", dtype: torch.dtype = torch.float32) -> None:
         """Writes the adapter as one `.safetensors` file; see `adapter.file.write_adapter`."""

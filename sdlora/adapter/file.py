@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from . import card as cards
-from . import keys
+from . import keys, lycoris
 from .delta import Adapter, Delta, Dora, shape_of
 from .header import Entry, parse_header, printable, read_header, replace_metadata
 from .pairs import check_entries, make_ready, name_tensors, read_delta
@@ -46,12 +47,18 @@ def write_adapter(
         raise AdapterFileError(f"{printable(path)} would hold no module; nothing is written")
     deltas = {p: make_ready(p, adapter.deltas[p], dtype) for p in sorted(adapter.deltas)}
     doras = {p for p, d in deltas.items() if isinstance(d, Dora)}
-    pairs = {p: d.inner if isinstance(d, Dora) else d for p, d in deltas.items()}
-    sizes = {p: (pair.rank, pair.alpha) for p, pair in pairs.items()}
+    inner: dict[str, Any] = {p: d.inner if isinstance(d, Dora) else d for p, d in deltas.items()}
+    sizes = {p: (d.rank, d.alpha) for p, d in inner.items() if hasattr(d, "rank")}
     metadata = cards.describe_card(adapter.card, sizes, format)
+    if any(isinstance(d, lycoris.KINDS) for d in inner.values()):
+        metadata["ss_network_module"] = "lycoris.kohya"
     if format != "kohya":
         metadata |= cards.describe_alphas(sizes, doras)
     tensors = name_tensors(deltas, format, adapter.card.family)
+    if format == "kohya":
+        tensors |= {key: value.detach().to("cpu").contiguous().clone() for key, value in adapter.embeddings.items()}
+    elif adapter.embeddings:
+        _warn_on_stderr(f"{printable(path)}: {format} files hold no embeddings; {_count(adapter.embeddings)} left out")
     data = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
     metadata[cards.HASH_KEY] = f"0x{hashlib.sha256(memoryview(data)[start:]).hexdigest()}"
@@ -89,10 +96,11 @@ def _write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_stderr) -> Adapter:
-    """Reads a LoRA file of any of the three namings; factors keep the file's dtype, a missing alpha means the rank.
+def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_stderr, look: bool = True) -> Adapter:
+    """Reads a LoRA file of any naming and kind; factors keep the file's dtype, a missing alpha means the rank.
 
-    What does not belong to a low-rank pair is named through `warn`, one line at a time.
+    What is not used is named through `warn`, one line at a time. Tensors are mapped: without `look`, which searches
+    them for NaN, reading costs the file's header, and a tensor's bytes are read when it is used.
     Raises: AdapterFileError where the file is broken, holds another kind of adapter, or nothing of it fits.
     """
     path = Path(path)
@@ -105,18 +113,40 @@ def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_std
     modules, unknown = _sort_keys(entries, name, family)
     if not modules:
         raise AdapterFileError(f"{name} {_why_nothing_fits(entries)}")
-    for key in unknown[:5]:
-        warn(f"{name}: {printable(key)} belongs to no module of a {family} base and is left out")
-    if len(unknown) > 5:
-        warn(f"{name}: {len(unknown) - 5} more such keys are left out")
+    embeddings = [key for key in unknown if key.startswith(keys.EMBEDDING_PREFIXES)]
+    unknown = [key for key in unknown if key not in embeddings]
+    for why, left in _sort_unknown(unknown, family).items():
+        for key in left[:5]:
+            warn(f"{name}: {printable(key)} {why} and is left out")
+        if len(left) > 5:
+            warn(f"{name}: {len(left) - 5} more such keys are left out")
+    if embeddings:
+        warn(f"{name} also holds {_count(embeddings)}: kept when it is converted, not used")
     check_entries(modules, entries, name)
     try:
         tensors = safetensors.torch.load_file(path)
     except Exception as e:  # the library raises what it likes; the header is sound, so this is the disk or the dtype
         raise AdapterFileError(f"{name} cannot be read: {printable(e)}") from e
     alphas = cards.alphas_of(metadata, family)
-    deltas: dict[str, Delta] = {p: read_delta(p, roles, tensors, alphas, name) for p, roles in sorted(modules.items())}
-    return Adapter(deltas, cards.read_card(metadata, said))
+    deltas: dict[str, Delta] = {
+        p: read_delta(p, roles, tensors, alphas, name, look=look) for p, roles in sorted(modules.items())
+    }
+    return Adapter(deltas, cards.read_card(metadata, said), {key: tensors[key] for key in embeddings})
+
+
+def _sort_unknown(unknown: list[str], family: str) -> dict[str, list[str]]:
+    """Keys that are not used, by why they are not."""
+    found: dict[str, list[str]] = {}
+    for key in unknown:
+        why = next((w for end, w in keys.LEFT_OUT.items() if key.endswith(end)), "")
+        found.setdefault(why or f"belongs to no module of a {family} base", []).append(key)
+    return found
+
+
+def _count(embeddings: Collection[str]) -> str:
+    """How many embeddings, and what they are called."""
+    names = dict.fromkeys(key.removeprefix("bundle_emb.").partition(".")[0] for key in embeddings)
+    return f"{len(names)} embedding{'s' if len(names) > 1 else ''} ({', '.join(printable(n, 40) for n in names)})"
 
 
 def _sort_keys(entries: Mapping[str, Entry], name: str, family: str) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -155,7 +185,8 @@ def misfits(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
             continue
         assert isinstance(weight, Tensor)
         shape = shape_of(delta)
-        if shape != tuple(weight.shape):
+        whole = tuple(weight.shape)
+        if shape != whole and (len(shape) != 2 or shape != (whole[0], weight[0].numel())):  # flat is as good
             problems.append(f"{path} is {_size(shape)} in the LoRA and {_size(tuple(weight.shape))} in the base")
     return problems
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import original
+from . import lycoris, original, positional
 
 FORMATS = ("kohya", "diffusers", "peft")
 
@@ -89,8 +89,19 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     ".lora_magnitude_vector": ("diffusers", "magnitude"),
     ".lora_magnitude_vector.weight": ("diffusers", "magnitude"),
     ".lora_magnitude_vector.default.weight": ("peft", "magnitude"),
+    ".lora_mid.weight": ("kohya", "mid"),
+    ".diff": ("kohya", "diff"),
+    **{f".{role}": ("kohya", role) for role in lycoris.ROLES if "_" in role},
 }
-"""How a key of a low-rank pair, or of its DoRA magnitudes, ends: the naming it belongs to, and its tensor's role."""
+"""How the key of a module's tensor ends: the naming it belongs to, and the tensor's role."""
+LEFT_OUT: dict[str, str] = {
+    ".diff_b": "changes a bias",
+    ".w_norm": "changes a norm",
+    ".b_norm": "changes a norm",
+}
+"""How keys end of what is named and left out, and what each would do."""
+EMBEDDING_PREFIXES = ("bundle_emb.", "<")
+"""How the keys of textual-inversion embeddings begin that come with a LoRA; they are kept, and not used."""
 
 OLD_PROCESSOR_SUFFIXES: dict[str, str] = {
     ".processor.to_q_lora": ".to_q.lora",
@@ -101,13 +112,8 @@ OLD_PROCESSOR_SUFFIXES: dict[str, str] = {
 """Names that diffusers wrote before 0.20, and what they are called since."""
 
 OTHER_KINDS: dict[str, str] = {
-    ".lora_mid.weight": "CP-decomposed LoCon",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
     ".oft_": "OFT",
     ".boft_": "BOFT",
-    ".diff": "a full difference",
-    ".diff_b": "a full difference",
     ".lora_B.bias": "LoRA with bias",
     ".lora_up.bias": "LoRA with bias",
     ".on_input": "(IA)³",
@@ -236,7 +242,9 @@ def path_of_dotted(name: str, family: str = DEFAULT_FAMILY) -> str | None:
 
 
 def read_key(key: str, family: str = DEFAULT_FAMILY) -> Role | None:
-    """What a file's key is, or None where it is no low-rank key of the family."""
+    """What a file's key is, or None where it is no key of a module of the family."""
+    if (found := positional.read_positional(key)) is not None:
+        return Role(*found, "positional") if is_known(found[0], family) else None
     for old, new in OLD_PROCESSOR_SUFFIXES.items():
         key = key.replace(old, new)
     for suffix, (naming, role) in SUFFIXES.items():

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from . import keys
+from . import keys, lycoris
 from .card import Alphas
-from .delta import Delta, Dora, LowRank
+from .delta import Delta, Dora, LowRank, shape_of
 from .header import FLOAT_DTYPES, Entry, printable
 
 Roles = Mapping[str, str]
-"""Role of a tensor (`down`, `up`, `alpha`, `magnitude`) -> its key in the file."""
+"""Role of a tensor (`down`, `up`, `alpha`, `magnitude`, those of `lycoris.ROLES`) -> its key in the file."""
 
 
 def check_entries(modules: Mapping[str, Roles], entries: Mapping[str, Entry], name: str) -> None:
-    """Every module of the file `name` has both factors, of float dtypes and shapes that can be multiplied.
+    """Every module of the file `name` has all tensors of its kind, of float dtypes and shapes that go together.
 
     Raises: AdapterFileError, naming the key.
     """
     for path, roles in sorted(modules.items()):
-        for role in ("down", "up"):
+        other = bool(roles.keys() & set(lycoris.ROLES))
+        for role in () if other else ("down", "up"):
             if role not in roles:
                 key = printable(roles.get("down") or roles.get("up") or next(iter(roles.values())))
                 raise AdapterFileError(f"{name} has {key} but no {role} factor for {path}; the file is incomplete")
@@ -33,11 +36,19 @@ def check_entries(modules: Mapping[str, Roles], entries: Mapping[str, Entry], na
                 raise AdapterFileError(f"{name}: {printable(key)} is {entries[key].dtype}; a factor must be a float")
         if "alpha" in roles and math.prod(entries[roles["alpha"]].shape) != 1:
             raise AdapterFileError(f"{name}: {printable(roles['alpha'])} must be a single number")
-        down, up = entries[roles["down"]].shape, entries[roles["up"]].shape
         try:
-            check_shapes(path, down, up)
+            if other:
+                stand_ins = {role: torch.empty(entries[key].shape, device="meta") for role, key in roles.items()}
+                kind = lycoris.make_kind(path, stand_ins, None)
+                lycoris.check_kind(path, kind)
+                assert kind is not None
+                whole = shape_of(kind)
+            else:
+                down, up = entries[roles["down"]].shape, entries[roles["up"]].shape
+                check_shapes(path, down, up)
+                whole = (up[0], *down[1:])
             if "magnitude" in roles:
-                _magnitude_shape(roles["magnitude"], entries[roles["magnitude"]].shape, (up[0], *down[1:]))
+                _magnitude_shape(roles["magnitude"], entries[roles["magnitude"]].shape, whole)
         except AdapterFileError as e:
             raise AdapterFileError(f"{name}: {e}") from None
 
@@ -68,28 +79,33 @@ def _magnitude_shape(key: str, shape: tuple[int, ...], weight: tuple[int, ...]) 
     raise AdapterFileError(f"{printable(key)} is {list(shape)}, which are no lengths for a weight of {list(weight)}")
 
 
-def read_delta(path: str, roles: Roles, tensors: Mapping[str, Tensor], alphas: Alphas, name: str) -> Delta:
+def read_delta(
+    path: str, roles: Roles, tensors: Mapping[str, Tensor], alphas: Alphas, name: str, *, look: bool = True
+) -> Delta:
     """A module's delta from the tensors of the file `name`; what `check_entries` checks must hold.
 
+    Without `look` the values are not looked at, and so not read from the disk either.
     Raises: AdapterFileError for NaN or infinity, an alpha or a magnitude that is none.
     """
-    down, up = tensors[roles["down"]], tensors[roles["up"]]
-    for role in ("down", "up", "magnitude"):
-        if role in roles and not bool(tensors[roles[role]].float().isfinite().all()):
+    for role in roles.keys() - {"alpha"} if look else ():
+        if not bool(tensors[roles[role]].float().isfinite().all()):
             raise AdapterFileError(f"{name}: {printable(roles[role])} holds NaN or infinity; train it again")
-    alpha = float(tensors[roles["alpha"]].item()) if "alpha" in roles else alphas.get(path, float(down.shape[0]))
-    if not (math.isfinite(alpha) and alpha > 0):
+    alpha = float(tensors[roles["alpha"]].item()) if "alpha" in roles else alphas.get(path, None)
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         key = printable(roles.get("alpha", path))
         raise AdapterFileError(f"{name}: {key} is an alpha of {alpha}; it must be a number above 0")
-    pair = LowRank(down, up, alpha)
+    delta = lycoris.make_kind(path, {role: tensors[key] for role, key in roles.items()}, alpha)
+    if delta is None:
+        down, up = tensors[roles["down"]], tensors[roles["up"]]
+        delta = LowRank(down, up, float(down.shape[0]) if alpha is None else alpha)
     if "magnitude" not in roles:
-        return pair
+        return delta
     magnitude = tensors[roles["magnitude"]]
-    weight = (up.shape[0], *down.shape[1:])
-    return Dora(pair, magnitude.reshape(_magnitude_shape(roles["magnitude"], tuple(magnitude.shape), weight)))
+    whole = _magnitude_shape(roles["magnitude"], tuple(magnitude.shape), shape_of(delta))
+    return Dora(delta, magnitude.reshape(whole))
 
 
-def make_ready(path: str, delta: Delta, dtype: torch.dtype) -> LowRank | Dora:
+def make_ready(path: str, delta: Delta, dtype: torch.dtype) -> Delta:
     """The delta as it will be stored: contiguous CPU tensors of `dtype`, an alpha that float32 can hold.
 
     A DoRA's magnitudes stay float32: they multiply the whole weight, so half precision would blur all of it.
@@ -99,10 +115,21 @@ def make_ready(path: str, delta: Delta, dtype: torch.dtype) -> LowRank | Dora:
         magnitude = delta.magnitude.detach().to("cpu", torch.float32).contiguous()
         if not bool(magnitude.isfinite().all()):
             raise AdapterFileError(f"{path}: its magnitudes are not finite; nothing is written")
-        return Dora(_ready_pair(path, delta.inner, dtype), magnitude)
+        return Dora(make_ready(path, delta.inner, dtype), magnitude)
+    if isinstance(delta, lycoris.KINDS):
+        ready = {f: t.detach().to("cpu", dtype).contiguous() for f, t in _fields(delta) if isinstance(t, Tensor)}
+        for field, tensor in ready.items():
+            if not bool(tensor.isfinite().all()):
+                raise AdapterFileError(f"{path}: its {field} is not finite as {dtype}; nothing is written")
+        made: Delta = dataclasses.replace(delta, **ready)  # type: ignore[arg-type]
+        return made
     if not isinstance(delta, LowRank):
-        raise AdapterFileError(f"{path} is a {type(delta).__name__} change; only low-rank changes can be written yet")
+        raise AdapterFileError(f"{path} is a {type(delta).__name__} change, which no file holds; give it as low rank")
     return _ready_pair(path, delta, dtype)
+
+
+def _fields(delta: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(delta, field.name)) for field in dataclasses.fields(delta)]
 
 
 def _ready_pair(path: str, pair: LowRank, dtype: torch.dtype) -> LowRank:
@@ -119,7 +146,7 @@ def _ready_pair(path: str, pair: LowRank, dtype: torch.dtype) -> LowRank:
     return ready
 
 
-def name_tensors(deltas: Mapping[str, LowRank | Dora], format: str, family: str) -> dict[str, Tensor]:
+def name_tensors(deltas: Mapping[str, Delta], format: str, family: str) -> dict[str, Tensor]:
     """The tensors of a file under their keys, for deltas that are ready.
 
     Raises: AdapterFileError for a module that the family's files have no name for, or a kind that the format has not.
@@ -130,18 +157,31 @@ def name_tensors(deltas: Mapping[str, LowRank | Dora], format: str, family: str)
     for path, delta in deltas.items():
         if not keys.is_known(path, family):
             raise AdapterFileError(f"{path} has no name in a {family} file; only its UNet and text encoder have")
-        pair = delta.inner if isinstance(delta, Dora) else delta
+        inner = delta.inner if isinstance(delta, Dora) else delta
         name = keys.write_name(path, format, family, single)
         down, up = keys.WRITTEN_SUFFIXES[format]
         # clones: shared storage cannot be stored
-        tensors[name + down], tensors[name + up] = pair.down.clone(), pair.up.clone()
-        if format == "kohya":
-            tensors[f"{name}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
+        if isinstance(inner, LowRank):
+            tensors[name + down], tensors[name + up] = inner.down.clone(), inner.up.clone()
+        else:
+            tensors |= _name_kind(path, inner, name, format)
+        if format == "kohya" and (alpha := getattr(inner, "alpha", None)) is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if isinstance(delta, Dora):
             # transformers, which loads a text encoder's part for diffusers, wants the parameter's full name
             full = ".weight" if format == "diffusers" and path.startswith("text_encoder") else ""
             tensors[name + keys.MAGNITUDE_SUFFIXES[format] + full] = _named_magnitude(path, delta, format)
     return tensors
+
+
+def _name_kind(path: str, delta: Any, name: str, format: str) -> dict[str, Tensor]:
+    if format != "kohya":
+        raise AdapterFileError(
+            f"{path} is a {lycoris.name_kind(delta)}, which {format} files have no names for; use kohya, or make it "
+            "low rank first (sdlora resize FILE --rank R)"
+        )
+    suffix = {role: ending for ending, (naming, role) in keys.SUFFIXES.items() if naming == "kohya"}
+    return {name + suffix[role]: tensor.clone() for role, tensor in delta.tensors().items()}
 
 
 def _named_magnitude(path: str, delta: Dora, format: str) -> Tensor:

@@ -36,7 +36,7 @@ def resize(
 
 def _resize(path: str, delta: Delta, keep: Keep, cost: Cost) -> Delta:
     if isinstance(delta, Dora):
-        return replace(delta, inner=_resize_pair(path, delta.inner, keep, cost))
+        return replace(delta, inner=_resize(path, delta.inner, keep, cost))
     if isinstance(delta, LowRank):
         return _resize_pair(path, delta, keep, cost)
     shape = shape_of(delta)

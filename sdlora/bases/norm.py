@@ -59,7 +59,7 @@ def _forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def use_fast_group_norm(model: nn.Module) -> None:
-    """Gives every affine GroupNorm of the model the fast forward and backward; float32 outputs are unchanged, half ones to a rounding."""
+    """Gives every affine GroupNorm of the model both; float32 outputs are unchanged, half ones to a rounding."""
     for module in model.modules():
         if isinstance(module, nn.GroupNorm) and module.affine:
             module.forward = _forward.__get__(module)  # type: ignore[method-assign]
