@@ -213,6 +213,19 @@ def test_a_hash_of_the_tensors_in_the_metadata_is_made_anew(tmp_path):
     assert metadata == own | new
 
 
+def test_a_lora_that_changes_nothing_leaves_every_byte_and_says_so(tmp_path, capsys):
+    from sdlora.adapter.header import read_header, replace_metadata
+
+    source = write_tiny_file(tmp_path / "base.safetensors", "sd1")
+    more = {"modelspec.hash_sha256": "0x" + "ab" * 32}
+    source.write_bytes(replace_metadata(source.read_bytes(), read_header(source)[1] | more))
+    nothing = {p: LowRank(d.down, torch.zeros_like(d.up), 1.0) for p, d in make_lora(source, 1).deltas.items()}
+    write_adapter(Adapter(nothing, Card(family="sd1")), tmp_path / "a.safetensors")
+    assert bake("a.safetensors", "--base", source, "--out", "b.safetensors") == 0
+    assert capsys.readouterr().err == "0 tensors changed, everything else is the base's to the byte\n"
+    assert Path("b.safetensors").read_bytes() == source.read_bytes()
+
+
 def test_modules_that_the_base_has_not_are_named(folders, tmp_path, capsys):
     lora = make_lora(folders["sd1"], 1)
     extra = {"unet.down_blocks.2.attentions.0.proj_in": LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0)}
