@@ -20,6 +20,7 @@ from sdlora.bases.sampling import sample
 from sdlora.bases.single_file import read_checkpoint
 from sdlora.bases.source import MINI_FOLDER
 from sdlora.bases.stored import find_stored
+from sdlora.combining.baking import bake as write_baked
 from sdlora.combining.plan import Member, Plan
 from tests.single_files import make_pipeline, write_tiny_file
 from tests.stored_loras import make_lora, read_bytes
@@ -224,6 +225,25 @@ def test_a_lora_that_changes_nothing_leaves_every_byte_and_says_so(tmp_path, cap
     assert bake("a.safetensors", "--base", source, "--out", "b.safetensors") == 0
     assert capsys.readouterr().err == "0 tensors changed, everything else is the base's to the byte\n"
     assert Path("b.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_a_change_of_a_norm_is_baked_too(tmp_path):
+    class Full:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+        def weight(self) -> torch.Tensor:
+            return self.value
+
+    source = write_tiny_file(tmp_path / "base.safetensors", "sd1", torch.float32)
+    path = "unet.down_blocks.0.resnets.0.norm1"
+    more = torch.arange(16.0)
+    base = find_stored(str(source))
+    write_baked(Plan.of([(Adapter({path: Full(more)}), 0.5)]), base, tmp_path / "b.safetensors")
+    old, new = (read_checkpoint(p)["unet"] for p in (source, tmp_path / "b.safetensors"))
+    key = "down_blocks.0.resnets.0.norm1.weight"
+    assert torch.equal(new[key], old[key] + 0.5 * more)
+    assert [k for k in old if not torch.equal(old[k], new[k])] == [key]
 
 
 def test_modules_that_the_base_has_not_are_named(folders, tmp_path, capsys):

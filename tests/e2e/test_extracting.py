@@ -161,6 +161,7 @@ def test_wrong_pairs_are_one_line_and_nothing_is_written(bases, tmp_path, capsys
         ((wide, "--base", sd1), "give the base it was tuned from"),
         ((sd1, "--base", sd1), "are the same checkpoint"),
         ((tuned, "--base", sd1, "--targets", "to_x"), "target 'to_x' matches no module of sd1"),
+        ((tuned, "--base", sd1, "--targets", "norm1"), "target 'norm1' matches no module of sd1"),
         ((tuned, "--base", sd1, "--rank", "0"), "rank 0 is out of range"),
         ((tuned, "--base", sd1, "--conv-rank", "0"), "conv_rank 0 is out of range"),
         (("nan.safetensors", "--base", bases["sd1", "file"][0]), "holds NaN or infinity in nan or sd1"),
