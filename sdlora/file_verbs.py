@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 from .flags import Parser, read_number, read_whole_number
@@ -81,7 +81,11 @@ def run_combine(args: Namespace) -> int:
         from .combining.methods import make_method
 
         method = make_method(args.method)
-        both = combine([read_member(spec) for spec in specs], method, args.rank, cost)
+        countdown = Countdown("combining", "modules", first_s=1.0)
+        try:
+            both = combine([read_member(spec) for spec in specs], method, args.rank, cost, countdown)
+        finally:
+            countdown.close()
     write_adapter(both, args.out, format=args.format)
     if args.rank is not None:
         for line in cost.lines():
@@ -219,14 +223,22 @@ def choose_dtype(name: str | None, adapter: Adapter | None = None) -> torch.dtyp
     """The dtype of factors that a flag names; without it that of the adapter's, and float32 for others."""
     import torch
 
-    from .adapter.delta import pair_of
     from .adapter.file import WRITTEN_DTYPES
 
     if name is not None:
         return dict(zip(_DTYPES, WRITTEN_DTYPES, strict=True))[name]
-    pairs = [pair for delta in (adapter.deltas.values() if adapter else ()) if (pair := pair_of(delta)) is not None]
-    own = {pair.down.dtype for pair in pairs}
+    own = {value.dtype for delta in (adapter.deltas.values() if adapter else ()) for value in list_factors(delta)}
     return own.pop() if len(own) == 1 and own <= set(WRITTEN_DTYPES) else torch.float32
+
+
+def list_factors(delta: Any) -> list[torch.Tensor]:
+    """The tensors of any kind of change that are its factors: all but a DoRA's lengths, which are always float32."""
+    import torch
+
+    from .adapter.delta import Dora
+
+    kind = delta.inner if isinstance(delta, Dora) else delta
+    return [value for value in vars(kind).values() if isinstance(value, torch.Tensor)]
 
 
 def add_inspect(parser: Parser) -> None:

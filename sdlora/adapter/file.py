@@ -61,7 +61,8 @@ def write_adapter(
         _warn_on_stderr(f"{printable(path)}: {format} files hold no embeddings; {_count(adapter.embeddings)} left out")
     data = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
-    metadata[cards.HASH_KEY] = f"0x{hashlib.sha256(memoryview(data)[start:]).hexdigest()}"
+    digest = hashlib.sha256(memoryview(data)[start:]).hexdigest()
+    metadata |= {cards.HASH_KEY: f"0x{digest}", "sshs_model_hash": digest}  # modelspec's name, and kohya's and A1111's
     _write_atomically(path, replace_metadata(data, metadata))
 
 

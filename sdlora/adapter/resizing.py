@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from .delta import Adapter, Delta, Dora, LowRank, shape_of
 from .truncation import Cost, Keep, truncate_dense, truncate_factors
@@ -30,13 +30,14 @@ def resize(
         deltas[path] = _resize(path, delta, keep, cost)
     if report is not None:
         report(len(adapter.deltas), len(adapter.deltas), "")
-    settings = {**adapter.card.settings, "resized": str(keep)}
-    return Adapter(deltas, dataclasses.replace(adapter.card, settings=settings))
+    card = replace(adapter.card, settings={**adapter.card.settings, "resized": str(keep)})
+    return replace(adapter, deltas=deltas, card=card)
 
 
 def _resize(path: str, delta: Delta, keep: Keep, cost: Cost) -> Delta:
     if isinstance(delta, Dora):
-        return replace(delta, inner=_resize(path, delta.inner, keep, cost))
+        inner: Any = _resize(path, delta.inner, keep, cost)
+        return replace(delta, inner=inner)
     if isinstance(delta, LowRank):
         return _resize_pair(path, delta, keep, cost)
     shape = shape_of(delta)

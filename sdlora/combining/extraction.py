@@ -104,7 +104,8 @@ def _find_targets(tuned: StoredBase, base: StoredBase, words: tuple[str, ...], f
     for path in sorted({*tuned.places, *base.places}):
         part = path.partition(".")[0]
         hits = {w for w in words if any(path.endswith(f".{end}") for end in endings_of(w, part))}
-        if not hits:
+        shapes = [stored.places[path].shape for stored in (tuned, base) if path in stored.places]
+        if not hits or min(map(len, shapes)) < 2:
             continue
         used |= hits
         if path in tuned.places and path in base.places:

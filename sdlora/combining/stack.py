@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from ..adapter.delta import Adapter, Card, Delta, Dora, shape_of
@@ -13,12 +14,17 @@ from .plan import Member, Plan, Stacked
 
 
 def combine(
-    adapters: Stacked, method: str | Method = "linear", rank: int | None = None, cost: Cost | None = None
+    adapters: Stacked,
+    method: str | Method = "linear",
+    rank: int | None = None,
+    cost: Cost | None = None,
+    report: Callable[[int, int, str], None] | None = None,
 ) -> Adapter:
     """One adapter with the ΔW of a static plan; a module's rank is the sum of the ranks, and its alpha that rank.
 
     Each term's weight · alpha / rank goes into `up`, signs too, so nothing is squared or crossed. With `rank`, each
-    module's ΔW is truncated to that many singular values at most, and `cost` is told what that loses.
+    module's ΔW is truncated to that many singular values at most, and `cost` is told what that loses. `report` is
+    called with how many modules are done, of how many, and the next one's path.
 
     Raises: ConfigError where nothing is left to combine, or the method gives no ΔW that a file can hold;
     AdapterFileError where the adapters do not go together.
@@ -39,7 +45,11 @@ def combine(
     filling = plan.method.prepare(())
     if isinstance(filling, DenseFilling) and rank is None:
         raise ConfigError(f"method {plan.method.name} gives no low-rank sum; say how many ranks to keep (--rank 32)")
-    deltas = {path: _combine_module(plan, filling, path, rank, cost) for path in plan.paths}
+    deltas: dict[str, Delta] = {}
+    for i, path in enumerate(paths := plan.paths):
+        if report is not None:
+            report(i, len(paths), path)
+        deltas[path] = _combine_module(plan, filling, path, rank, cost)
     if not deltas:
         raise ConfigError("every weight is 0, so there is nothing to combine; give a weight that is not 0")
     return Adapter(deltas, _combine_cards(plan))

@@ -20,6 +20,7 @@ from sdlora.bases.sampling import sample
 from sdlora.bases.single_file import read_checkpoint
 from sdlora.bases.source import MINI_FOLDER
 from sdlora.bases.stored import find_stored
+from sdlora.combining.baking import bake as write_baked
 from sdlora.combining.plan import Member, Plan
 from tests.single_files import make_pipeline, write_tiny_file
 from tests.stored_loras import make_lora, read_bytes
@@ -211,6 +212,38 @@ def test_a_hash_of_the_tensors_in_the_metadata_is_made_anew(tmp_path):
     metadata = json.loads(data[8:start])["__metadata__"]
     new = {"modelspec.hash_sha256": f"0x{hashlib.sha256(data[start:]).hexdigest()}", "other": "kept"}
     assert metadata == own | new
+
+
+def test_a_lora_that_changes_nothing_leaves_every_byte_and_says_so(tmp_path, capsys):
+    from sdlora.adapter.header import read_header, replace_metadata
+
+    source = write_tiny_file(tmp_path / "base.safetensors", "sd1")
+    more = {"modelspec.hash_sha256": "0x" + "ab" * 32}
+    source.write_bytes(replace_metadata(source.read_bytes(), read_header(source)[1] | more))
+    nothing = {p: LowRank(d.down, torch.zeros_like(d.up), 1.0) for p, d in make_lora(source, 1).deltas.items()}
+    write_adapter(Adapter(nothing, Card(family="sd1")), tmp_path / "a.safetensors")
+    assert bake("a.safetensors", "--base", source, "--out", "b.safetensors") == 0
+    assert capsys.readouterr().err == "0 tensors changed, everything else is the base's to the byte\n"
+    assert Path("b.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_a_change_of_a_norm_is_baked_too(tmp_path):
+    class Full:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+        def weight(self) -> torch.Tensor:
+            return self.value
+
+    source = write_tiny_file(tmp_path / "base.safetensors", "sd1", torch.float32)
+    path = "unet.down_blocks.0.resnets.0.norm1"
+    more = torch.arange(16.0)
+    base = find_stored(str(source))
+    write_baked(Plan.of([(Adapter({path: Full(more)}), 0.5)]), base, tmp_path / "b.safetensors")
+    old, new = (read_checkpoint(p)["unet"] for p in (source, tmp_path / "b.safetensors"))
+    key = "down_blocks.0.resnets.0.norm1.weight"
+    assert torch.equal(new[key], old[key] + 0.5 * more)
+    assert [k for k in old if not torch.equal(old[k], new[k])] == [key]
 
 
 def test_modules_that_the_base_has_not_are_named(folders, tmp_path, capsys):

@@ -93,6 +93,32 @@ def test_fewer_ranks_cost_what_is_said_by_block(bases, capsys):
         assert float(said[block]) > 5
 
 
+def test_convolutions_have_a_rank_of_their_own(bases):
+    base, tuned, _ = bases["sd1", "file"]
+    argv = (
+        "extract",
+        tuned,
+        "--base",
+        base,
+        "--rank",
+        2,
+        "--conv-rank",
+        1,
+        "--dtype",
+        "bf16",
+        "--out",
+        "x.safetensors",
+    )
+    assert run(*argv) == 0
+    pairs = read_adapter("x.safetensors").deltas.values()
+    wide = [pair for pair in pairs if pair.down.dim() == 4 and pair.down.shape[-1] == 3]
+    assert {pair.rank for pair in wide} == {1}
+    assert {pair.rank for pair in pairs if not any(pair is one for one in wide)} == {2}
+    assert {pair.alpha / pair.rank for pair in pairs} == {1.0}
+    assert {pair.down.dtype for pair in pairs} == {torch.bfloat16}
+    assert len(wide) > 3
+
+
 def test_targets_choose_what_is_looked_at(bases, capsys):
     base, tuned, lora = bases["sd1", "folder"]
     assert (
@@ -135,6 +161,7 @@ def test_wrong_pairs_are_one_line_and_nothing_is_written(bases, tmp_path, capsys
         ((wide, "--base", sd1), "give the base it was tuned from"),
         ((sd1, "--base", sd1), "are the same checkpoint"),
         ((tuned, "--base", sd1, "--targets", "to_x"), "target 'to_x' matches no module of sd1"),
+        ((tuned, "--base", sd1, "--targets", "norm1"), "target 'norm1' matches no module of sd1"),
         ((tuned, "--base", sd1, "--rank", "0"), "rank 0 is out of range"),
         ((tuned, "--base", sd1, "--conv-rank", "0"), "conv_rank 0 is out of range"),
         (("nan.safetensors", "--base", bases["sd1", "file"][0]), "holds NaN or infinity in nan or sd1"),

@@ -139,6 +139,7 @@ def test_metadata_is_all_that_modelspec_and_the_interfaces_read(base, tmp_path, 
         "ss_output_name": "riso_print",
         "ss_sd_model_name": "owner/xl",
         "ss_v2": "False",
+        "sshs_model_hash": tensors_hash(Path("a.safetensors")),
     }
     before = Path("a.safetensors").read_bytes()
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
@@ -215,14 +216,22 @@ def test_files_that_a_run_read_are_named_for_its_repetition(base, tmp_path, caps
     for i in range(2):
         Image.new("L", (64, 64), 255).save(masks / f"canarypicture{i}.png")
     assert train(data, base, tmp_path / "a.safetensors") == 0
+    classes = make_data(tmp_path / "classes")
     more = ("--masks", masks, "--mask-outside", 0.2, "--continue", "a.safetensors", "--merge", "a.safetensors:0.1")
+    more = (*more, "--class-data", classes)
     assert train(data, base, tmp_path / "b.safetensors", *more) == 0
     capsys.readouterr()
     like = ("train", data, "--like", "b.safetensors", "--base", base, "--device", "cpu", "--no-cache", "--dry-run")
     assert run(*like) == 0
     captured = capsys.readouterr()
-    assert re.findall(r"was trained with (\S+),", captured.err) == ["--masks", "--continue", "--merge"]
+    assert re.findall(r"was trained with (\S+),", captured.err) == [
+        "--masks",
+        "--class-data",
+        "--continue",
+        "--merge",
+    ]
     assert 'masks = ""' in captured.out
+    assert 'class_data = ""' in captured.out
     assert run(*like, *more) == 0
     captured = capsys.readouterr()
     assert "was trained with" not in captured.err
