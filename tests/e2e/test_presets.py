@@ -131,6 +131,7 @@ def test_nothing_of_a_preset_takes_effect_that_the_plan_does_not_show(name, fold
 @each_preset
 def test_a_preset_trains_two_steps_on_a_base_of_its_family(name, folder, bases, tmp_path, capsys):
     small: dict[str, object] = SMALL | replace_nf4(name)
+    small |= {"init_steps": 1} if recipe_from_toml(path_of(name)).init_word else {}
     out = tmp_path / "out.safetensors"
     if FAMILIES[name] == "mini":
         recipe = recipe_from_toml(path_of(name), small | {"precision": "fp32"})
