@@ -68,3 +68,11 @@ def test_a_test_that_is_gone_or_a_row_without_one_would_be_found(monkeypatch):
 def _reading(page: str):
     original = Path.read_text
     return lambda path, *a, **k: page if path == PAGE else original(path, *a, **k)
+
+
+def test_every_test_that_the_page_of_formats_names_is_there():
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    links = re.findall(r'\]\(\.\./(tests/\S+\.py) "(\w+)"\)', text)
+    assert len(links) >= 15
+    for file, name in links:
+        assert name in list_tests(ROOT / file), f"{file} has no {name}"
