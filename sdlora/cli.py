@@ -64,7 +64,7 @@ class Verb:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 2 for wrong input, 130 when interrupted."""
+    """Runs one command line and returns its exit code: 0, 2 for wrong input, 128 and the signal when stopped."""
     # Before anything imports the libraries that read them.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunInterrupted as error:
         if is_printed(error):
             say(str(error))
-        return 130
+        return error.exit_code
     except KeyboardInterrupt as error:
         if is_printed(error):
             say("interrupted; nothing to save, run the same command again")

@@ -109,6 +109,8 @@ class Recipe:
     """The file holds the factors' running average, which keeps this much of itself at a step, as 0.99; 0: off."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm when they are longer."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped since their loss or gradient is not finite; one more stops the run."""
     caption_dropout: float = 0.1
     """Share of pictures, 0 to 1, shown without their caption, so that guidance keeps working."""
     flip: bool = True
@@ -237,6 +239,7 @@ UNDECISIVE = frozenset(
         "preview",
         "preview_every",
         "checkpoint_every",
+        "max_skipped_steps",
         "validate_every",
         "continue_from",
         "merge",

@@ -27,5 +27,12 @@ class RunError(SdloraError):
     """A training run cannot start, go on or be trusted."""
 
 
+class DiskError(SdloraError):
+    """A file could not be written: names it, its size, the reason and what to do; what was there before is whole."""
+
+
 class RunInterrupted(Exception):
-    """Training was interrupted and its state saved; `str()` is the line that says how to go on (exit 130)."""
+    """Training was interrupted and its state saved; `str()` is the line that says how to go on."""
+
+    exit_code = 130
+    """128 and the number of the signal: 130 after Ctrl-C, 143 after SIGTERM, 129 where the terminal was closed."""

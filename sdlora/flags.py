@@ -37,6 +37,7 @@ RECIPE_GROUPS = {
     "learning": (
         "optimizer", "learning_rate", "lora_plus_ratio", "text_encoder_learning_rate", "text_encoder_2_learning_rate",
         "schedule", "schedule_cycles", "schedule_power", "warmup_steps", "weight_decay", "ema_decay", "max_grad_norm",
+        "max_skipped_steps",
     ),
     "what is made small": (
         "loss", "huber_c", "huber_schedule", "weighting", "min_snr_gamma", "noise_offset", "pyramid_noise",

@@ -26,6 +26,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_steps": (lambda v: 0 <= v <= 10_000_000, "give 0 or more"),
     "weight_decay": (lambda v: 0 <= v <= 1, "give a number from 0 to 1, such as 0.01"),
     "min_snr_gamma": (lambda v: v >= 0, "give a number above 0, such as 5, or 0 to turn it off"),
+    "max_skipped_steps": (lambda v: v >= 0, "give 0 or more"),
     "max_grad_norm": (lambda v: v > 0, "give a number above 0, such as 1"),
     "caption_dropout": (lambda v: 0 <= v <= 1, "give a share from 0 to 1, such as 0.1"),
     "resolution": (lambda v: 8 <= v <= 8192 and v % 8 == 0, "give a multiple of 8 from 8 to 8192, such as 512"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..disk import write_atomic
 from ..errors import AdapterFileError
 from . import card as cards
 from . import keys, lycoris
@@ -34,7 +33,8 @@ def write_adapter(
     """Writes one .safetensors file, whole or not at all; the same adapter gives the same bytes.
 
     `format` is kohya, diffusers or peft; factors are stored as `dtype` (float32, float16, bfloat16), alphas as float32.
-    Raises: AdapterFileError where the adapter cannot be written so, or the path cannot be written.
+    Raises: AdapterFileError where the adapter cannot be written so, or its bytes come back wrong; DiskError where it
+    cannot be written.
     """
     path = Path(path)
     if format not in keys.FORMATS:
@@ -63,38 +63,17 @@ def write_adapter(
     start = 8 + int.from_bytes(data[:8], "little")
     digest = hashlib.sha256(memoryview(data)[start:]).hexdigest()
     metadata |= {cards.HASH_KEY: f"0x{digest}", "sshs_model_hash": digest}  # modelspec's name, and kohya's and A1111's
-    _write_atomically(path, replace_metadata(data, metadata))
+    content = replace_metadata(data, metadata)
+    write_atomic(path, content, lambda written: _check_written(written, content, path))
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Under a temporary name first; it takes the real name once it has been read back right from the disk."""
-    part = path.with_name(f".{path.name}.tmp")
-    try:
-        if path.is_dir():
-            raise AdapterFileError(f"{printable(path)} is a folder; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            written = part.read_bytes()
-            if written != data:
-                raise AdapterFileError(f"{printable(path)} was not stored as written; check the disk")
-            length = int.from_bytes(written[:8], "little")
-            parse_header(written[8 : 8 + length], len(written) - 8 - length, printable(path))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise AdapterFileError(f"{printable(path)} cannot be written: {printable(reason)}") from e
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the file itself is safe
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _check_written(written: Path, content: bytes, path: Path) -> None:
+    """Reads back what is to become `path`."""
+    found = written.read_bytes()
+    if found != content:
+        raise AdapterFileError(f"{printable(path)} was not stored as written; check the disk")
+    length = int.from_bytes(found[:8], "little")
+    parse_header(found[8 : 8 + length], len(found) - 8 - length, printable(path))
 
 
 def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_stderr, look: bool = True) -> Adapter:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.header import DTYPE_BYTES, printable
+from ..disk import replacing
 from ..errors import BaseModelError
 from .architecture import CLIP_WORDS, FAMILIES, NAMES, choose_config, find_differing, make_part, part_names
 from .checkpoint_keys import TEXT_PREFIXES, THIRDS, UNET_PREFIX, VAE_PREFIX, Slot, find_slots
@@ -79,15 +79,13 @@ def write_checkpoint(
     markers = [name for name, there in (("v_pred", prediction == "v"), ("ztsnr", zero_snr)) if there]
     header = _make_header(pieces, dtype, metadata, markers)
 
-    def fill(f: BinaryIO) -> None:
+    with replacing(path) as f:
         f.write(header)
         for key in sorted(pieces):
             value = _join(pieces[key]).to(dtype)
             if not bool(value.isfinite().all()):
                 raise BaseModelError(f"{printable(path)}: {key} is not finite as {dtype}; nothing is written")
             f.write(value.view(torch.uint8).numpy().reshape(-1).data)
-
-    _write_atomically(path, fill)
 
 
 def _gather(modules: Mapping[str, nn.Module], family: str) -> tuple[Pieces, dict[str, dict[str, Any]]]:
@@ -153,38 +151,3 @@ def _join(piece: list[tuple[Tensor, Slot]]) -> Tensor:
     else:
         stored = tensor.T if slot.form == "transposed" else tensor
     return stored.detach().to("cpu").contiguous()
-
-
-def _write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
-    """Under a temporary name first; it takes the real name once it is on the disk."""
-    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise BaseModelError(f"{printable(path)} is a folder; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as f:
-                fill(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, ValueError) as e:
-        raise BaseModelError(
-            f"{printable(path)} cannot be written: {printable(getattr(e, 'strerror', None) or e)}"
-        ) from e
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # some file systems cannot sync a folder; the file itself is safe
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

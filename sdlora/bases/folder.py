@@ -156,6 +156,13 @@ def fingerprint_files(source: Path, weights: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_source(source: Path) -> str:
+    """The fingerprint of a base's folder or file, from a few of its bytes. Raises: BaseModelError."""
+    if source.is_file():
+        return fingerprint_files(source.parent, {"checkpoint": source})
+    return fingerprint_files(source, check_folder(source))
+
+
 def load_part(cls: Any, folder: Path, weights: Path, dtype: torch.dtype) -> nn.Module:
     """One model of the folder, in the dtype.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from ..disk import write_atomic
+from ..errors import DiskError
 
 VERSION = "1"
 """Goes up when the same key would stand for other numbers."""
@@ -79,19 +80,11 @@ class Store:
             return
         path = self._path(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(save(plain, {"key": key, "sha256": _sum(plain)}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
+            write_atomic(path, save(plain, {"key": key, "sha256": _sum(plain)}))
+        except DiskError as error:
             self._off = True
-            with suppress(OSError):
-                temporary.unlink()
-            print(f"cache {self.folder} cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+            print(f"{error}; going on without a cache", file=sys.stderr)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

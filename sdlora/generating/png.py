@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 import tempfile
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..disk import write_atomic, write_new
 from ..errors import ConfigError
 
 
@@ -32,7 +33,7 @@ def write_next_png(picture: Image.Image, folder: Path, parameters: str) -> Path:
 
     Two programs that write at once never overwrite each other where the file system has hard links.
 
-    Raises: ConfigError where the folder cannot be written to.
+    Raises: DiskError where the folder cannot be written to.
     """
     info = PngInfo()
     info.add_text("parameters", parameters)
@@ -46,38 +47,10 @@ def write_next_png(picture: Image.Image, folder: Path, parameters: str) -> Path:
 
 
 def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None, replace: bool = True) -> bool:
-    """Writes a PNG to a temporary name, syncs it and moves it into place; False where `replace` is off and it exists.
-
-    Raises: ConfigError where it cannot be written.
-    """
-    part: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", suffix=".part", delete=False) as f:
-            part = Path(f.name)
-            picture.save(f, format="PNG", pnginfo=info)
-            f.flush()
-            os.fsync(f.fileno())
-        part.chmod(0o666 & ~_umask())
-        if not replace:
-            if path.exists():
-                return False
-            try:
-                os.link(part, path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without hard links
-                os.replace(part, path)
-            return True
-        os.replace(part, path)
-        return True
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be written ({e.strerror or e}); give another place") from None
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Writes a PNG, whole or not at all; False where `replace` is off and it exists. Raises: DiskError."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG", pnginfo=info)
+    if not replace:
+        return write_new(path, data.getvalue())
+    write_atomic(path, data.getvalue())
+    return True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..disk import write_atomic
 from .balance import Balance, Scene, Trial
 from .chart import draw_pareto
 from .grid import labelled_sheet
@@ -66,7 +66,7 @@ def write_balance(
 ) -> dict[str, str]:
     """Writes `pareto.png`, `sheet.png` and `balance.json` to a folder that is there; gives their paths by name.
 
-    Raises: ConfigError where they cannot be written.
+    Raises: DiskError where they cannot be written.
     """
     files = {"pareto": out / "pareto.png", "sheet": out / "sheet.png", "balance": out / "balance.json"}
     names = (used[0].path.stem, used[1].path.stem)
@@ -94,9 +94,8 @@ def write_balance(
     )
     write_png(sheet, files["sheet"])
     paths = {name: str(path) for name, path in files.items()}
-    part = out / ".balance.json.part"
-    part.write_text(json.dumps(document | {"files": paths}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, files["balance"])
+    text = json.dumps(document | {"files": paths}, indent=2, allow_nan=False) + "\n"
+    write_atomic(files["balance"], text.encode())
     return paths
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from ..adapter.header import printable, read_header
 from ..adapter.summary import summarize
 from ..data.picture import read_picture
+from ..disk import write_atomic
 from ..errors import ConfigError
-from ..training.checkpoint import write_atomic
 from .model_card import describe_sidecar, write_page
 
 THUMBNAIL_PX = 256
@@ -27,7 +27,7 @@ def write_sidecars(file: Path, folder: Path, preview: Path | None = None, force:
 
     The picture is `preview`, or the newest preview of the run folder that belongs to the file. Each is written whole or
     not at all, and nothing is replaced without `force`.
-    Raises: ConfigError where one is there already, or the folder cannot be written; AdapterFileError; DataError.
+    Raises: ConfigError where one is there already; DiskError; AdapterFileError; DataError.
     """
     name = file.stem
     picture = preview or find_preview(file.with_suffix(".run") / "previews")
@@ -44,12 +44,8 @@ def write_sidecars(file: Path, folder: Path, preview: Path | None = None, force:
     page = write_page(name, summary, settings, [image.name] if shown else [])
     contents = {pages[0]: page.encode("utf-8", "replace"), pages[1]: facts.encode("utf-8", "replace")}
     contents |= {image: shown} if shown else {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in contents.items():
-            write_atomic(path, content)
-    except OSError as e:
-        raise ConfigError(f"{folder} cannot be written ({e.strerror or e}); choose another --out") from None
+    for path, content in contents.items():
+        write_atomic(path, content)
     return list(contents)
 
 

@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import RunError
+from ..disk import check_room, describe_failure, make_folder, sync_folder, write_synced
+from ..errors import DiskError, RunError
 
 _NAME = re.compile(r"step-(\d+)")
 _MANIFEST = "manifest.json"
-_PARTS = ("factors.safetensors", "optimizer.safetensors", "state.json")
+_STATE = "state.json"
+_PARTS = ("factors.safetensors", "optimizer.safetensors", _STATE)
 KEPT = 2
 """How many whole checkpoints stay: the newest, and one to fall back on."""
 
@@ -39,65 +41,90 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes `step-N` into the folder of checkpoints, whole or not at all, then drops all but the newest two.
 
-    Raises: RunError where the disk does not give back what was written; OSError where it cannot be written.
+    Raises: RunError where the disk does not give back what was written; DiskError where it has no room for twice the
+    size, or cannot be written. Whatever fails, the checkpoints before it are whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    drop_leftovers(folder)
     place = folder / f"step-{checkpoint.step:06d}"
-    temporary = folder / f"{place.name}.tmp-{os.getpid()}"
-    temporary.mkdir()
     state = _to_json(checkpoint.state | {"step": checkpoint.step})
-    contents = (save(checkpoint.factors), save(checkpoint.optimizer), state)
-    manifest = {}
-    for name, content in zip(_PARTS, contents, strict=True):
-        write_synced(temporary / name, content)
-        manifest[name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_synced(temporary / _MANIFEST, _to_json(manifest))
-    sync_folder(temporary)
-    if place.exists():  # a damaged one, or the same step reached again: a folder cannot be renamed over a full one
-        os.rename(place, folder / f"{place.name}.tmp-old-{os.getpid()}")
-    os.rename(temporary, place)
-    sync_folder(folder)
-    problem = find_damage(place)
-    if problem:
-        raise RunError(f"checkpoint {place} was not written well ({problem}); check the disk and run the command again")
-    _prune(folder, place)
+    contents = dict(zip(_PARTS, (save(checkpoint.factors), save(checkpoint.optimizer), state), strict=True))
+    contents[_MANIFEST] = _to_json({name: _describe(content) for name, content in contents.items()})
+    size_bytes = sum(map(len, contents.values()))
+    try:
+        make_folder(folder)
+        drop_leftovers(folder)
+        check_room(folder, 2 * size_bytes)
+        _write(place, contents)
+        problem = find_damage(place)
+        if problem:
+            fix = "check the disk and run the command again"
+            raise RunError(f"checkpoint {place} was not written well ({problem}); {fix}")
+        _prune(folder, place)
+    except OSError as error:
+        raise DiskError(describe_failure(place, error, size_bytes)) from error
     return place
 
 
+def _write(place: Path, contents: dict[str, bytes]) -> None:
+    """Writes a folder of files, the manifest last, and gives it its name once all are on the disk."""
+    temporary = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        for name, content in contents.items():
+            write_synced(temporary / name, content)
+        sync_folder(temporary)
+        if place.exists():  # a damaged one: a folder cannot be renamed over a full one
+            os.rename(place, place.with_name(f"{place.name}.tmp-old-{os.getpid()}"))
+        os.rename(temporary, place)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(place.parent)
+
+
 def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The highest step whose files match their manifest, or None; says one line for each damaged one it passes over."""
+    """The highest step whose files match their manifest; None where there is no checkpoint at all.
+
+    Says one line for each damaged one it passes over, and deletes nothing. Raises: RunError where all are damaged.
+    """
     damaged: list[str] = []
     for place in _newest_first(folder):
         problem = find_damage(place)
         if not problem:
             try:
                 checkpoint = _read(place)
-            except (SafetensorError, ValueError, KeyError) as e:
-                problem = str(e)
+            except (SafetensorError, ValueError, KeyError, TypeError) as e:
+                problem = " ".join(str(e).split())
             else:
                 for line in damaged:
-                    say(f"{line}; going on from {place.name}")
+                    say(f"checkpoint {line}; going on from {place.name}")
                 return checkpoint
-        damaged.append(f"checkpoint {place.name} is damaged ({problem})")
-    for line in damaged:
-        say(f"{line}; starting from step 0")
+        damaged.append(f"{place.name} is damaged ({problem})")
+    if damaged:
+        raise RunError(
+            f"no checkpoint in {folder} can be used: {', '.join(damaged)}; nothing was deleted: bring one back from a "
+            "copy, or start over with --restart"
+        )
     return None
 
 
 def find_damage(place: Path) -> str:
     """What is wrong with a checkpoint's files, in a few words; empty when each is as its manifest says."""
     try:
-        manifest = json.loads((place / _MANIFEST).read_bytes())
+        written = (place / _MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        if manifest.keys() != set(_PARTS) or _to_json(manifest) != written:
+            return f"{_MANIFEST} is not as it was written"
         for name in _PARTS:
             content = (place / name).read_bytes()
             if len(content) != manifest[name]["size_bytes"]:
                 return f"{name} has {len(content)} bytes instead of {manifest[name]['size_bytes']}"
             if hashlib.sha256(content).hexdigest() != manifest[name]["sha256"]:
                 return f"{name} has another SHA-256 than its manifest says"
+        if json.loads((place / _STATE).read_bytes())["step"] != _step_of(place):
+            return f"{_STATE} is of another step"
     except OSError as e:
         return f"{Path(e.filename or place).name} cannot be read"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{_MANIFEST} is not a manifest"
     return ""
 
@@ -108,37 +135,6 @@ def drop_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def drop_half_written(folder: Path) -> None:
-    """Removes the temporary files that `write_atomic` leaves where a run is killed; for the holder of the lock too."""
-    for path in folder.glob(".*.tmp-*"):
-        path.unlink()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a whole file or leaves the old one: a temporary name in the same folder, fsync, os.replace."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    write_synced(temporary, content)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with open(path, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until a folder's names are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read(place: Path) -> Checkpoint:
     factors, optimizer, state = ((place / name).read_bytes() for name in _PARTS)
     values = json.loads(state)
@@ -146,8 +142,17 @@ def _read(place: Path) -> Checkpoint:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step_of, reverse=True)
+
+
+def _step_of(place: Path) -> int:
+    """The step in a checkpoint's name, or -1."""
+    match = _NAME.fullmatch(place.name)
+    return int(match[1]) if match else -1
+
+
+def _describe(content: bytes) -> dict[str, Any]:
+    return {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _prune(folder: Path, newest: Path) -> None:

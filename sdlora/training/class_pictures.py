@@ -22,7 +22,7 @@ from ..data.drawn import DRAW_STEPS, GUIDANCE, draw_seed
 from ..data.folder import Example
 from ..data.latents import BATCH_PX, count_batches
 from ..data.store import fingerprint, make_key, name_machine
-from .checkpoint import drop_half_written, write_atomic
+from ..disk import drop_half_written, write_atomic
 from .processes import Processes
 
 _LIST = "drawn.json"

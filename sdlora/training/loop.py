@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -24,12 +24,12 @@ from ..config import Recipe
 from ..data.cache import Encoded
 from ..data.folder import Example
 from ..data.material import Material, gather
-from ..errors import RunError, RunInterrupted
+from ..errors import RunError
 from .adapting import attach_layers, describe_settings, make_card, name_sources
 from .averages import Averages
 from .checkpoint import Checkpoint, load_newest
 from .init_word import InitWord
-from .interrupt import watch_signals
+from .interrupt import interrupted, watch_signals
 from .lessons import Lessons
 from .objective import Objective, prediction_type_of
 from .optim import make_optimizer, rate_at, rates_of, set_rate
@@ -40,10 +40,11 @@ from .processes import Processes, choose_device, joined, mark_told
 from .progress import say
 from .recomputation import recomputing
 from .record import Record
-from .run import Run, open_run
+from .run import BASE, Run, open_run
 from .settings import advise, list_settings
 from .setup import make_accelerator, release, same_threads
-from .state import State
+from .shortage import naming_what_to_lower
+from .state import State, find_fault
 from .step import accumulate, chances_of
 from .trackers import check_trackers
 from .validation import Validation
@@ -75,12 +76,14 @@ def run_training(
     check_trackers(recipe.tracker)
     with joined(device) as processes:
         run = processes.from_main(lambda: open_run(folder, out, restart))
+        if not restart:
+            run.check_base(recipe)
         material = gather(folder, recipe)
         device = choose_device(device)
         check_quantise(recipe.quantise, pick_device(device))
         say(describe_run(recipe, material.examples, out, processes.count))
         base = partial(_load_prepared, recipe, device, prepare)
-        _train(material, _take(base, recipe), recipe, run, processes, restart, cache)
+        _train(material, _take(base, recipe, device), recipe, run, processes, restart, cache)
     return out
 
 
@@ -115,24 +118,26 @@ def train_adapter(
     The recipe's precision is taken from the base, which is loaded already.
 
     Raises: DataError for the folder; RunError where the run cannot start, differs from the one it would go on with, or
-    stops being finite; RunInterrupted after Ctrl-C, its state saved.
+    stays without a finite loss; DiskError; RunInterrupted after Ctrl-C, its state saved.
     """
     check_trackers(recipe.tracker)
     with joined(base.device.type if isinstance(base, Base) else device) as processes:
         run = processes.from_main(lambda: open_run(folder, out, restart))
         material = gather(folder, recipe)
-        return _train(material, _take(base, recipe), recipe, run, processes, restart, cache)
+        return _train(material, _take(base, recipe, device), recipe, run, processes, restart, cache)
 
 
-def _take(base: Base | Callable[[], Base], recipe: Recipe) -> Base:
+def _take(base: Base | Callable[[], Base], recipe: Recipe, device: str) -> Base:
     """The base as it is trained on: what a LoRA comes on top of is quantised; frozen text encoders are used but once.
 
     No name of the callers' keeps one that was loaded: parts that training lets go of must leave memory.
     """
     given = isinstance(base, Base)
-    loaded = base if isinstance(base, Base) else base()
-    parts = tuple(loaded.family.default_targets(recipe.text_encoder))
-    return quantise_base(loaded, recipe.quantise, parts, own=not given)
+    kind = base.device.type if isinstance(base, Base) else pick_device(device).type
+    with naming_what_to_lower(recipe, kind, "loading the base", training=False):
+        loaded = base if isinstance(base, Base) else base()
+        parts = tuple(loaded.family.default_targets(recipe.text_encoder))
+        return quantise_base(loaded, recipe.quantise, parts, own=not given)
 
 
 def describe_run(recipe: Recipe, examples: list[Example], out: Path, processes: int = 1) -> str:
@@ -176,7 +181,7 @@ def _train(
     sources = name_sources(base, recipe) | material.settings(recipe)
     origin = {
         **material.origin(),
-        "base's weights": base.fingerprint,
+        BASE: base.fingerprint,
         "LoRA that is continued": sources.get("continued"),
         "number of processes": processes.count if processes.count > 1 else None,
         "splitting of the base": "FSDP" if processes.split else None,
@@ -189,11 +194,12 @@ def _train(
         try:
             checkpoint = processes.hand_out(lambda: load_newest(run.checkpoints, say))
             with same_threads(checkpoint):
-                encoded = lessons.encode(base, cache, say, processes)
-                classes = class_lessons.encode(base, cache, say, processes) if class_lessons else None
-                prior = Prior.of(base, classes, recipe, processes.count)
-                word_text = lessons.encode_init_word(base)
-                previews = Previews.of(base, recipe, run.previews, side_px)
+                with naming_what_to_lower(recipe, base.device.type, "encoding pictures and captions", training=False):
+                    encoded = lessons.encode(base, cache, say, processes)
+                    classes = class_lessons.encode(base, cache, say, processes) if class_lessons else None
+                    prior = Prior.of(base, classes, recipe, processes.count)
+                    word_text = lessons.encode_init_word(base)
+                    previews = Previews.of(base, recipe, run.previews, side_px)
                 release(base, recipe, draws=processes.main or processes.split is not None)
                 if processes.split:
                     say(processes.split.divide(base))
@@ -202,13 +208,16 @@ def _train(
                     for line in ("; ".join([layers.describe(), *describe_settings(recipe)]), *advise(recipe)):
                         say(line)
                     processes.exchange()  # from here on they meet in every step
-                    fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior, word_text)
+                    doing = f"training on {recipe.batch_size} pictures at once"
+                    with naming_what_to_lower(recipe, base.device.type, doing):
+                        fit(base, layers, encoded, recipe, run, previews, checkpoint, processes, prior, word_text)
                     captions = [example.caption for example in material.examples]
                     adapter = layers.adapter(make_card(base, recipe, sources, processes.count, captions))
                 finally:
                     layers.detach_from_base()
-        except KeyboardInterrupt:
-            raise RunInterrupted("stopped at once; the same command goes on from the last saved step") from None
+        except KeyboardInterrupt as stopped:
+            number = stopped.args[0] if stopped.args else signal.SIGINT
+            raise interrupted("stopped at once; the same command goes on from the last saved step", number) from None
         with processes.agreed():
             if processes.main:
                 write_adapter(adapter, run.out)
@@ -231,7 +240,8 @@ def fit(
     """The training loop: takes the attached layers from the checkpoint, or the start, to the recipe's last step.
 
     The layers hold what the file is to hold then: the averages, where the recipe or its optimizer averages.
-    Raises: RunError at a loss or gradient that is not finite; RunInterrupted after Ctrl-C; the state is saved in both.
+    A step whose loss or gradient is not finite is skipped. Raises: RunError where too many are in a row; RunInterrupted
+    after Ctrl-C; the state is saved in both.
     """
     factors = layers.named_factors()
     accelerator = make_accelerator(base, recipe, run.trackers if processes.main else None)
@@ -261,36 +271,46 @@ def fit(
             norm = accelerator.clip_grad_norm_(factors.values(), recipe.max_grad_norm)
             # The step's only read from the device; it comes before the update, so a bad one is never made.
             loss_value, norm_value, asked_value = torch.stack((loss, norm, asked)).tolist()
-            if not state.usable(loss_value, norm_value):
-                if processes.main:
-                    record.save(step)
-                raise mark_told(RunError(_not_finite(step + 1, loss_value, recipe)))
-            stepper.step()
-            stepper.zero_grad()
             row: dict[str, Any] = {"step": step + 1, "loss": loss_value, "lr": rate, "grad_norm": norm_value}
             if step < recipe.steps_of_init_word:
                 row["learnt"] = "init_word"
-            limited = {"limited": layers.limit_norms(recipe.max_norm)} if recipe.max_norm else {}
-            averages.update(step)
-            row |= {"seconds": round(time.perf_counter() - start_s, 4)} | limited
+            if fault := find_fault(loss_value, norm_value):
+                state.skip(step + 1, fault)
+                row["skipped"] = fault
+            else:
+                stepper.step()
+                state.skipped_in_row = 0
+                if recipe.max_norm:
+                    row["limited"] = layers.limit_norms(recipe.max_norm)
+                averages.update(step)
+            stepper.zero_grad()
+            row["seconds"] = round(time.perf_counter() - start_s, 4)
+            failed = state.skipped_in_row > recipe.max_skipped_steps
             stopping, last = processes.stops(asked_value, stop.requested), step + 1 == recipe.steps
-            saving = last or stopping or bool(recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0)
+            due = bool(recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0)
+            saving = not failed and (last or stopping or due)
             with processes.agreed() if saving or record.due(step + 1) else nullcontext():
                 if processes.main:
                     record.add(row, saving)
                 elif processes.split:
                     record.accompany(step + 1)
+            if failed:
+                if processes.main:
+                    record.save(step + 1 - state.skipped_in_row, after_fault=True)
+                raise mark_told(RunError(_describe_fault(step + 1, fault, state.skipped_in_row, recipe)))
             if stopping and not last:
                 done = f"stopped after step {step + 1} of {recipe.steps}, state saved in {run.folder}"
-                raise mark_told(RunInterrupted(f"{done}; run the same command again to go on"))
+                raise mark_told(interrupted(f"{done}; run the same command again to go on", stop.number))
+        if processes.main:
+            record.say_skipped()
     averages.settle()
     if recipe.ema_decay and recipe.max_norm:
         layers.limit_norms(recipe.max_norm)  # a mean of factors may be longer than each of them
 
 
-def _not_finite(step: int, loss: float, recipe: Recipe) -> str:
-    what = "gradient" if math.isfinite(loss) else "loss"
+def _describe_fault(step: int, fault: str, in_row: int, recipe: Recipe) -> str:
+    steps = f"step {step}" if in_row == 1 else f"{in_row} steps in a row, up to step {step},"
     fix = f"a lower learning_rate than {recipe.learning_rate}"
     if recipe.precision == "fp16":
         fix += " or precision bf16"
-    return f"the {what} of step {step} is not finite; the last good state is saved; start over with --restart and {fix}"
+    return f"the {fault} of {steps} is not finite; the last good state is saved; start over with --restart and {fix}"

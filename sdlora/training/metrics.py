@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import write_atomic
+from ..disk import write_atomic
 
 SMOOTHING = 0.95
 """How much of the smoothed loss each step keeps: about the last 20 steps count."""
@@ -48,9 +48,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 

@@ -12,8 +12,8 @@ from ..bases.family import Base
 from ..bases.prompts import Wording, encode_prompts
 from ..bases.sampling import sample_encoded
 from ..config import Recipe
+from ..disk import write_atomic
 from ..errors import SdloraError
-from .checkpoint import write_atomic
 from .progress import say
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -33,10 +34,11 @@ class Progress:
         )
 
     def advance(self, loss: float) -> None:
-        """Counts one step with its loss."""
+        """Counts one step with its loss; one that is not finite does not count in the mean."""
         self.done += 1
-        self._total, self._weight = SMOOTHING * self._total + loss, SMOOTHING * self._weight + 1
-        text = f"loss {self._total / self._weight:.4f}"
+        if math.isfinite(loss):
+            self._total, self._weight = SMOOTHING * self._total + loss, SMOOTHING * self._weight + 1
+        text = f"loss {self._total / self._weight:.4f}" if self._weight else "no finite loss yet"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()

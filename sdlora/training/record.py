@@ -14,7 +14,7 @@ from ..data.cache import Encoded
 from ..errors import SdloraError
 from .metrics import Metrics
 from .preview import Previews
-from .progress import Progress
+from .progress import Progress, say
 from .run import Run
 from .settings import list_settings
 from .state import State
@@ -68,9 +68,18 @@ class Record:
             with self.state.averages.shown(), suppress(SdloraError):  # the main process says it
                 self.previews.sample(self.base)
 
-    def save(self, step: int) -> None:
-        """Saves the state after `step` steps."""
-        self.state.save(step, self.metrics)
+    def say_skipped(self) -> None:
+        """One line, where the run left out steps."""
+        skipped = sum("skipped" in row for row in self.metrics.rows)
+        if skipped:
+            say(
+                f"{skipped} of {self.recipe.steps} steps were skipped, their loss or gradient not being finite; "
+                f"{self.metrics.path.name} says which"
+            )
+
+    def save(self, step: int, after_fault: bool = False) -> None:
+        """Saves the state after `step` steps, which is still that after any that were skipped behind it."""
+        self.state.save(step, self.metrics, after_fault)
 
     def close(self) -> None:
         """Ends what `open` began; does nothing where it did not."""

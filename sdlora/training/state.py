@@ -35,23 +35,33 @@ class State:
         self.scaler = accelerator.scaler  # of the loss, in fp16 only
         self.saved = 0
         """Steps that the newest checkpoint holds."""
+        self.skipped_in_row = 0
+        """How many steps just now were skipped, one after the other."""
         if checkpoint is not None:
             layers.load_factors(checkpoint.factors)
             averages.load({k[len(_AVERAGE) :]: v for k, v in checkpoint.optimizer.items() if k.startswith(_AVERAGE)})
             restore_state(optimizer, {k: v for k, v in checkpoint.optimizer.items() if not k.startswith(_AVERAGE)})
             if self.scaler is not None and checkpoint.state.get("loss_scaler"):
                 self.scaler.load_state_dict(checkpoint.state["loss_scaler"])
+            self.skipped_in_row = int(checkpoint.state.get("skipped_in_row", 0))
             self.saved = checkpoint.step
             say(f"going on after step {self.saved}")
 
-    def save(self, step: int, metrics: Metrics) -> None:
-        """Saves the state after `step` steps, unless it is saved already or is not finite itself."""
+    def save(self, step: int, metrics: Metrics, after_fault: bool = False) -> None:
+        """Saves the state after `step` steps, unless it or a later one is saved already, or it is not finite itself.
+
+        `after_fault` says that steps behind it were skipped until the run gave up: whoever goes on tries them anew.
+        """
         factors = {name: factor.detach().cpu() for name, factor in self.layers.named_factors().items()}
-        if step == self.saved or not all(bool(factor.isfinite().all()) for factor in factors.values()):
+        if step <= self.saved:
+            return
+        if not all(bool(factor.isfinite().all()) for factor in factors.values()):
+            say(f"step {step}: the factors are not finite, so this state is not saved; that of step {self.saved} stays")
             return
         metrics.sync()
         values = {
             "threads": torch.get_num_threads(),
+            "skipped_in_row": 0 if after_fault else self.skipped_in_row,
             "loss_scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
         averages = {f"{_AVERAGE}{name}": value for name, value in self.averages.values.items()}
@@ -62,7 +72,23 @@ class State:
         draw_loss(metrics.rows, self.run.loss)
         self.saved = step
 
-    def usable(self, loss: float, norm: float) -> bool:
-        """Whether a step may be made; in fp16 a gradient that overflows is skipped, and the loss scaled down."""
-        overflow_is_handled = self.scaler is not None and self.scaler.get_scale() >= 1
-        return math.isfinite(loss) and (math.isfinite(norm) or overflow_is_handled)
+    def skip(self, step: int, what: str) -> None:
+        """Counts a step that is not made since its loss or gradient is not finite, and says so.
+
+        In fp16 an overflowing gradient is how the scale of the loss is found: that scales down, and is no fault.
+        """
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            self.scaler.update()
+            if what == GRADIENT and scale >= 1:
+                return
+        self.skipped_in_row += 1
+        say(f"step {step}: the {what} is not finite, so the step is skipped ({self.skipped_in_row} in a row)")
+
+
+LOSS, GRADIENT = "loss", "gradient"
+
+
+def find_fault(loss: float, norm: float) -> str:
+    """Which of a step's loss and its gradients' norm is not finite; empty where both are."""
+    return LOSS if not math.isfinite(loss) else "" if math.isfinite(norm) else GRADIENT

@@ -52,7 +52,8 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     """Tells every tracker one row of the metrics, and the steps a second that its seconds come to."""
     if not accelerator.trackers:
         return
-    values = {k: v for k, v in row.items() if k not in ("step", "seconds") and math.isfinite(v)}
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+    values = {k: v for k, v in numbers.items() if k not in ("step", "seconds")}
     if row["seconds"] > 0:
         values["steps_per_s"] = 1 / row["seconds"]
     accelerator.log(values, step=row["step"])

@@ -18,7 +18,7 @@ from tiny import make_tiny_base
 
 from sdlora.cli import main
 from sdlora.config import Recipe, compare
-from sdlora.errors import ConfigError, RunError
+from sdlora.errors import ConfigError, RunError, RunInterrupted
 from sdlora.training import loop, trackers
 from sdlora.training.loop import train_adapter
 from sdlora.training.metrics import read_rows
@@ -102,9 +102,10 @@ def test_a_tracker_is_told_each_row_and_the_recipe(folder, tmp_path, noted):
 
 
 def test_a_tracker_is_closed_where_a_run_ends_early(folder, tmp_path, noted, monkeypatch):
-    monkeypatch.setattr(loop.State, "usable", lambda self, loss, norm: False)
+    monkeypatch.setattr(loop, "find_fault", lambda loss, norm: "loss")
+    recipe = dataclasses.replace(change("wandb"), max_skipped_steps=0)
     with pytest.raises(RunError, match="is not finite"):
-        train_adapter(folder, make_tiny_base(), change("wandb"), tmp_path / "out.safetensors")
+        train_adapter(folder, make_tiny_base(), recipe, tmp_path / "out.safetensors")
     assert [tracker.finished for tracker in noted] == [1]
 
 
@@ -131,7 +132,7 @@ def test_tensorboard_holds_the_numbers_of_the_metrics_and_forgets_what_is_done_a
         saved(record, step)
 
     monkeypatch.setattr(loop.Record, "save", stop)
-    with pytest.raises(loop.RunInterrupted):
+    with pytest.raises(RunInterrupted):
         train_adapter(folder, make_tiny_base(), change("tensorboard"), out)
     monkeypatch.setattr(loop.Record, "save", saved)
     train_adapter(folder, make_tiny_base(), change("tensorboard"), out)

@@ -29,7 +29,7 @@ from sdlora.config import Recipe
 from sdlora.data.cache import encode_folder
 from sdlora.data.folder import scan_folder
 from sdlora.errors import DataError, RunError, RunInterrupted
-from sdlora.training import loop, state, step
+from sdlora.training import checkpoint, loop, state, step
 from sdlora.training.loop import run_training, train_adapter
 from sdlora.training.run import Run
 
@@ -206,8 +206,8 @@ def test_another_recipe_is_refused_by_name(folder, out):
     with pytest.raises(RunError, match=r"rank 2 -> 4.*--restart") as error:
         train_adapter(folder, make_tiny_base(), change(steps=2, rank=4), out)
     assert "\n" not in str(error.value)
-    with pytest.raises(RunError, match="steps 2 -> 3"):
-        train_adapter(folder, make_tiny_base(), change(steps=3), out)
+    with pytest.raises(RunError, match="steps 2 -> 1"):
+        train_adapter(folder, make_tiny_base(), change(steps=1, warmup_steps=1), out)
     assert sha256(out) == before
     train_adapter(folder, make_tiny_base(), change(steps=2, checkpoint_every=1), out)  # decides nothing
 
@@ -296,27 +296,103 @@ def test_trains_outside_the_main_thread(folder, straight, out):
     assert sha256(out) == sha256(straight)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_non_finite_step_stops_and_keeps_the_last_good_state(folder, straight, out, monkeypatch, what):
+def poison(monkeypatch, what, when):
+    """Makes the loss or the gradient of some passes, counted from 1, infinite or NaN."""
     original, calls = step.weighted_error, [0]
 
     def poisoned(*args):
         calls[0] += 1
         loss = original(*args)
-        if calls[0] == 7:
+        if calls[0] in when:
             if what == "loss":
                 return loss * float("nan")
             loss.register_hook(lambda g: g * float("inf"))
         return loss
 
+    monkeypatch.setattr(step, "weighted_error", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(folder, straight, out, monkeypatch, what):
     with monkeypatch.context() as patch:
-        patch.setattr(step, "weighted_error", poisoned)
+        poison(patch, what, {7})
         with pytest.raises(RunError, match=rf"the {what} of step 7 is not finite.*learning_rate"):
-            train_adapter(folder, make_tiny_base(), RECIPE, out)
+            train_adapter(folder, make_tiny_base(), change(max_skipped_steps=0), out)
     assert not out.exists()
     assert (Run(out).checkpoints / "step-000006").is_dir()
     train_adapter(folder, make_tiny_base(), RECIPE, out)  # the poison gone, it goes on from step 6
     assert sha256(out) == sha256(straight)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(folder, out, tmp_path, monkeypatch, capsys, what):
+    recipe = change(max_skipped_steps=2, ema_decay=0.9)
+    with monkeypatch.context() as patch:
+        poison(patch, what, {3, 4, 7})
+        train_adapter(folder, make_tiny_base(), recipe, out)
+    said = capsys.readouterr().err
+    assert f"step 4: the {what} is not finite, so the step is skipped (2 in a row)" in said
+    assert f"step 7: the {what} is not finite, so the step is skipped (1 in a row)" in said
+    assert "3 of 12 steps were skipped, their loss or gradient not being finite; metrics.jsonl says which" in said
+    assert [(row["step"], row["skipped"]) for row in rows(out) if "skipped" in row] == [(3, what), (4, what), (7, what)]
+    # the factors, the optimizer and the averages are those of a run whose steps did nothing there
+    with monkeypatch.context() as patch:
+        poison(patch, what, {3, 4})
+        other = tmp_path / "stopped.safetensors"
+        train_until(patch, 5, folder, make_tiny_base(), dataclasses.replace(recipe, checkpoint_every=1), other)
+    held = checkpoint.load_newest(Run(other).checkpoints, print)
+    assert (held.step, held.state["skipped_in_row"]) == (4, 2)
+    with monkeypatch.context() as patch:
+        poison(patch, what, {3})  # of the resumed run: step 7
+        train_adapter(folder, make_tiny_base(), recipe, other)
+    assert other.read_bytes() == out.read_bytes()
+
+
+def test_skipped_steps_change_nothing_that_is_saved(folder, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, "gradient", {3, 4})
+        train_until(patch, 5, folder, make_tiny_base(), change(checkpoint_every=1, ema_decay=0.9), out)
+    before, after = (checkpoint._read(Run(out).checkpoints / f"step-{n:06d}") for n in (3, 4))
+    for kind in ("factors", "optimizer"):
+        a, b = getattr(before, kind), getattr(after, kind)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_too_many_in_a_row_end_the_run_before_them_and_are_tried_anew(folder, straight, out, monkeypatch, capsys):
+    recipe = change(max_skipped_steps=2)
+    for _ in range(2):  # the second run goes on, and meets the same
+        with monkeypatch.context() as patch:
+            begun = 7 if not Run(out).checkpoints.exists() else 1
+            poison(patch, "loss", range(begun, begun + 3))
+            with pytest.raises(RunError, match=r"the loss of 3 steps in a row, up to step 9, is not finite"):
+                train_adapter(folder, make_tiny_base(), recipe, out)
+        assert sorted(p.name for p in Run(out).checkpoints.iterdir())[-1] in ("step-000006", "step-000008")
+    train_adapter(folder, make_tiny_base(), recipe, out)
+    assert [row["step"] for row in rows(out)] == list(range(1, 13))
+
+
+def test_more_steps_go_on_from_a_finished_run(folder, out, tmp_path, capsys):
+    whole = tmp_path / "whole.safetensors"
+    recipe = change(schedule="constant")
+    train_adapter(folder, make_tiny_base(), recipe, whole)
+    train_adapter(folder, make_tiny_base(), dataclasses.replace(recipe, steps=6), out)
+    with pytest.raises(RunError, match=r"learning_rate 0\.01 -> 0\.02"):
+        train_adapter(folder, make_tiny_base(), dataclasses.replace(recipe, learning_rate=0.02), out)
+    capsys.readouterr()
+    train_adapter(folder, make_tiny_base(), recipe, out)
+    assert "goes on from 6 to 12 steps\n" in capsys.readouterr().err
+    assert out.read_bytes() == whole.read_bytes()
+    with pytest.raises(RunError, match="steps 12 -> 6"):
+        train_adapter(folder, make_tiny_base(), dataclasses.replace(recipe, steps=6), out)
+    train_adapter(folder, make_tiny_base(), dataclasses.replace(recipe, steps=14, schedule="constant"), out)
+    assert len(rows(out)) == 14
+
+
+def test_a_schedule_that_ends_later_is_said(folder, out, capsys):
+    train_adapter(folder, make_tiny_base(), change(steps=4), out)
+    train_adapter(folder, make_tiny_base(), change(steps=6), out)
+    assert "the learning rate so far was that of 4, from here it is that of 6" in capsys.readouterr().err
 
 
 def test_diverging_run_stops_by_itself(folder, out):

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "sdlora"
 FLOORS = (
     {"errors"},
+    {"disk"},
     {"values", "limits"},
     {"targets"},
     {"profiles"},

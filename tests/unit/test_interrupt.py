@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from sdlora.training import interrupt
-from sdlora.training.interrupt import watch_signals
+from sdlora.training.interrupt import interrupted, watch_signals
 
-BOTH = [signal.SIGINT, signal.SIGTERM]
+BOTH = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def send(number):
@@ -29,8 +29,10 @@ def test_the_first_signal_asks_and_the_second_stops_at_once(capfd, first, second
         send(first)
         assert stop.requested
         assert capfd.readouterr().err == "\nstopping after this step and saving; once more to stop at once\n"
-        with pytest.raises(KeyboardInterrupt):
+        assert interrupted("saved", stop.number).exit_code == 128 + first
+        with pytest.raises(KeyboardInterrupt) as stopped:
             send(second)
+        assert stopped.value.args == (second,)
     assert capfd.readouterr().err == ""
 
 
@@ -53,6 +55,18 @@ def test_the_handlers_before_it_come_back():
     finally:
         signal.signal(signal.SIGTERM, own)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def test_a_hangup_that_was_ignored_stays_so():
+    own = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a process
+    try:
+        with watch_signals() as stop:
+            send(signal.SIGHUP)
+            assert not stop.requested
+            send(signal.SIGTERM)
+            assert (stop.requested, stop.number) == (True, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, own)
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "\nstopping after this step and saving\n"), ("1", "")])

@@ -116,10 +116,11 @@ def test_a_cache_that_cannot_be_written_costs_one_line(tmp_path, capsys):
     store = Store(tmp_path / "file")
     store.write(KEY, {"x": torch.ones(1)})
     store.write(KEY, {"x": torch.ones(1)})
-    assert (
-        capsys.readouterr().err
-        == f"cache {tmp_path / 'file'} cannot be written (Not a directory); going on without it\n"
-    )
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path / 'file'}" in said
+    assert "cannot be written: Not a directory" in said
+    assert said.endswith("; going on without a cache\n")
 
 
 def test_nothing_half_written_is_left_where_the_disk_fails(tmp_path, monkeypatch, capsys):
