@@ -159,7 +159,7 @@ def run_check(args: Namespace) -> int:
     from .data.buckets import describe_crops, plan_cuts, read_bucketing
     from .data.folder import describe_problems
     from .data.masks import describe_masks, place_crops
-    from .data.material import describe_prior, survey_data
+    from .data.material import describe_prior, hint_at_skipping, survey_data
     from .data.variants import list_wordings
 
     recipe = read_recipe(args)
@@ -194,7 +194,8 @@ def run_check(args: Namespace) -> int:
         for line in check.list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
             print(show_name(line))
     if survey.problems:
-        say(f"error: {describe_problems(survey.folder, survey.problems)}")
+        hint = hint_at_skipping(survey, recipe)
+        say(f"error: {describe_problems(survey.folder, survey.problems)}{hint}")
         return 2
     return 0
 
@@ -331,7 +332,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     """Prints what training would do, having checked all that it would check first."""
     from .data.buckets import describe_crops
     from .data.masks import describe_masks
-    from .data.material import gather, plan_prior
+    from .data.material import describe_left_out, gather, plan_prior
     from .data.variants import describe_wordings, list_wordings
 
     material = gather(data, recipe)
@@ -354,6 +355,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     wordings = list_wordings([e.caption for e in examples], recipe)
     lines = [
         f"data         {data}: {len(examples)} pictures, {len({e.caption for e in examples})} different captions",
+        *(f"             {line}" for line in describe_left_out(material.left_out)),
         *(f"captions     {line}" for line in describe_wordings(wordings, recipe)),
         f"an epoch     {shown} images, with repeats" + (", without those held out" if recipe.validation_share else ""),
         f"resolution   {side_px} x {side_px} px" + (", half of them mirrored" if recipe.flip else ""),

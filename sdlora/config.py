@@ -129,6 +129,8 @@ class Recipe:
     """Random crops that are made of each picture; each showing draws one."""
     upscale: bool = False
     """Scales pictures up that are too small for every bucket; without it they get smaller buckets."""
+    skip_bad: bool = False
+    """Goes on without pictures that cannot be used, such as damaged or uncaptioned ones, and says which and why."""
     small_buckets: bool = False
     """Lets a bucket with fewer images than a step show some twice in it; without it that is an error."""
     masks: str = ""
@@ -244,6 +246,7 @@ UNDECISIVE = frozenset(
         "continue_from",
         "merge",
         "recompute",
+        "skip_bad",
         "small_buckets",
         "tracker",
         "masks",

@@ -25,7 +25,7 @@ RECIPE_GROUPS = {
         "caption_lines", "caption_variants", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards",
     ),
     "how pictures are cut": ("buckets", "bucket_step_px", "max_aspect", "upscale", "small_buckets", "crop", "crops"),
-    "what of a picture is learnt": ("masks", "mask_outside"),
+    "which pictures are learnt, and what of them": ("skip_bad", "masks", "mask_outside"),
     "what the base keeps": (
         "init_word", "init_steps", "init_learning_rate", "class_data", "class_prompt", "class_images", "prior_weight",
     ),

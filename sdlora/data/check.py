@@ -51,6 +51,7 @@ def write_report(
         "pictures": survey.pictures,
         "captions": survey.captions,
         "problems": [asdict(problem) for problem in survey.problems],
+        "left_out": [asdict(problem) for problem in survey.left_out],
         "truncated": truncated,
         "duplicates": find_duplicates(survey),
         "near_duplicates": find_near_duplicates(survey),
@@ -137,6 +138,7 @@ def list_report(
         lines.append(f"caption too long  {row['file']}: {row['tokens']} tokens, the base reads {row['limit']}")
     lines += [f"same picture      {', '.join(names)}" for names in report["duplicates"]]
     lines += [f"nearly the same   {', '.join(names)}" for names in report["near_duplicates"]]
+    lines += [f"left out          {p['file']}: {p['problem']}" for p in report["left_out"]]
     lines += [f"problem           {p['file']}: {p['problem']}; {p['fix']}" for p in report["problems"]]
     if not report["problems"]:
         lines.append("ready to train")

@@ -55,6 +55,8 @@ class Survey:
     folder: Path
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    left_out: list[Problem] = field(default_factory=list)
+    """What was wrong with what `leave_out_bad` took out."""
     pixels: dict[str, str] = field(default_factory=dict)
     looks: dict[str, Look] = field(default_factory=dict)
     """What nearly equal pictures have nearly in common, by name."""

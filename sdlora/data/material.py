@@ -32,6 +32,8 @@ class Material:
     """Masks that belong to no picture."""
     prior: Material | None = None
     """The class pictures that are given."""
+    left_out: list[Problem] = field(default_factory=list)
+    """What was wrong with the pictures and rows that skip_bad left out."""
     drawn: int = 0
     """How many of the examples, the last ones, the base draws itself; their files need not be there yet."""
 
@@ -108,6 +110,8 @@ def survey_data(folder: str | Path, recipe: Recipe) -> Survey:
         if _locate([root]) & _locate([survey.folder]):
             problem = "is the data folder itself, and cannot be its class pictures too"
             survey.problems.append(Problem(str(root), problem, "give another folder with class_data (--class-data)"))
+    if recipe.skip_bad:
+        leave_out_bad(survey, recipe)
     return survey
 
 
@@ -154,9 +158,52 @@ def gather(folder: str | Path, recipe: Recipe) -> Material:
     """
     survey = survey_data(folder, recipe)
     if survey.problems:
-        raise DataError(describe_problems(survey.folder, survey.problems))
+        raise DataError(describe_problems(survey.folder, survey.problems) + hint_at_skipping(survey, recipe))
     prior = Material(survey.prior.folder, survey.prior.examples) if survey.prior else None
-    return Material(survey.folder, survey.examples, list(survey.masks.values()), survey.masks_unused, prior)
+    masks = list(survey.masks.values())
+    return Material(survey.folder, survey.examples, masks, survey.masks_unused, prior, survey.left_out)
+
+
+def leave_out_bad(survey: Survey, recipe: Recipe) -> None:
+    """Takes pictures and rows that have a problem out of a survey; the problems of whole folders stay.
+
+    One of which nothing is left is such a problem.
+    """
+    roots = _name_roots(survey, recipe)
+    bad = [problem for problem in survey.problems if problem.file not in roots]
+    survey.left_out = bad
+    survey.problems = [problem for problem in survey.problems if problem.file in roots]
+    for part in (survey, survey.prior):
+        if part is None:
+            continue
+        names = {problem.file for problem in (bad if part is survey else part.problems)}
+        kept = [example for example in part.examples if example.name not in names]
+        if part is survey and recipe.masks:  # a mask's problem is called after the mask
+            kept = [example for example in kept if example.mask is not None]
+        if part.pictures and not kept:
+            listed = describe_problems(part.folder, bad).removeprefix(f"{part.folder}: ")
+            survey.problems.append(Problem(str(part.folder), f"has no picture left: {listed}", "mend or replace some"))
+        part.examples = kept
+        part.masks = {name: share for name, share in part.masks.items() if name not in names}
+
+
+def hint_at_skipping(survey: Survey, recipe: Recipe) -> str:
+    """What to add to a survey's problems where the run could go on without what they are about; else nothing."""
+    roots = _name_roots(survey, recipe)
+    names = {problem.file for problem in survey.problems}
+    if recipe.skip_bad or names & roots or all(example.name in names for example in survey.examples):
+        return ""
+    return "; or go on without them with skip_bad = true (--skip-bad)"
+
+
+def describe_left_out(left_out: list[Problem]) -> list[str]:
+    """A line for each thing that skip_bad left out, with its reason."""
+    return [f"left out {problem.file}: {problem.problem}" for problem in left_out]
+
+
+def _name_roots(survey: Survey, recipe: Recipe) -> set[str]:
+    """What problems call whole folders."""
+    return {str(survey.folder), *(name for name in (recipe.class_data, recipe.masks) if name)}
 
 
 def _locate(folders: list[Path]) -> set[tuple[int, int]]:

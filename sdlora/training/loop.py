@@ -23,7 +23,7 @@ from ..bases.text import Text
 from ..config import Recipe
 from ..data.cache import Encoded
 from ..data.folder import Example
-from ..data.material import Material, gather
+from ..data.material import Material, describe_left_out, gather
 from ..errors import RunError
 from .adapting import attach_layers, describe_settings, make_card, name_sources
 from .averages import Averages
@@ -79,6 +79,8 @@ def run_training(
         if not restart:
             run.check_base(recipe)
         material = gather(folder, recipe)
+        for line in describe_left_out(material.left_out):
+            say(line)
         device = choose_device(device)
         check_quantise(recipe.quantise, pick_device(device))
         say(describe_run(recipe, material.examples, out, processes.count))
@@ -124,6 +126,8 @@ def train_adapter(
     with joined(base.device.type if isinstance(base, Base) else device) as processes:
         run = processes.from_main(lambda: open_run(folder, out, restart))
         material = gather(folder, recipe)
+        for line in describe_left_out(material.left_out):
+            say(line)
         return _train(material, _take(base, recipe, device), recipe, run, processes, restart, cache)
 
 

@@ -141,7 +141,7 @@ class Killer:
             else:
                 process.join(chance.uniform(0, 0.02))
                 while process.is_alive() and not list(run.checkpoints.glob(f"*.tmp-{process.pid}")):
-                    pass
+                    time.sleep(0.0005)
                 process.join(chance.choice((0, chance.uniform(0, 0.003))))
             process.kill()
             process.join()

@@ -249,6 +249,7 @@ def test_the_report_counts_repeats_duplicates_and_long_captions(tmp_path):
             {"file": "a.png", "tokens": 45, "limit": 40},
             {"file": "c.png", "tokens": 45, "limit": 40},
         ],
+        "left_out": [],
         "duplicates": [["3_b/b.bmp", "a.png"]],
         "near_duplicates": [],
         "buckets": {"64x64": 3},
