@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,11 +29,11 @@ RICH = Recipe(
     steps=16, batch_size=2, accumulation=2, rank=2, precision="fp32", checkpoint_every=1, learning_rate=1e-2,
     buckets=True, small_buckets=True, bucket_step_px=16, crop="random", crops=2, text_encoder=True, ema_decay=0.9,
     caption_variants=3, shuffle_tags=True, tag_dropout=0.3, dropout=0.1, rank_dropout=0.1, noise_offset=0.05,
-    validation_share=0.2, validate_every=4, preview=("a cat",), preview_every=5, optimizer="adafactor",
+    validation_share=0.2, validate_every=4, preview=("a cat",), preview_every=5,
 )  # fmt: skip
 """All that a resumed run must take up: buckets, crops, wordings, averages, passes, the text encoder, and more."""
 SHORT = Recipe(
-    steps=2, batch_size=1, rank=1, warmup_steps=1, precision="fp32", checkpoint_every=1, learning_rate=1e-2,
+    steps=3, batch_size=1, rank=1, warmup_steps=1, precision="fp32", checkpoint_every=1, learning_rate=1e-2,
     flip=False, preview=("a cat",),
 )  # fmt: skip
 RECIPES = {"plain": PLAIN, "rich": RICH, "short": SHORT}
@@ -60,6 +63,9 @@ def make_context() -> Any:
     """Children that are forked from a server which has imported everything, so that a run starts in no time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm", "kills"])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    with patch.dict(os.environ, PYTHONPATH=paths):  # the server looks nowhere else, and says nothing of what it misses
+        forkserver.ensure_running()
     return context
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 from pathlib import Path
@@ -23,3 +24,6 @@ with tempfile.TemporaryDirectory() as _place:
         Recipe(steps=1, batch_size=1, rank=1, precision="fp32", preview=("a cat",)),
         Path(_place) / "a.safetensors",
     )
+
+gc.collect()
+gc.freeze()  # what the collector would look at, and so copy, in every process that is forked
