@@ -101,6 +101,18 @@ def test_a_tracker_is_told_each_row_and_the_recipe(folder, tmp_path, noted):
     assert tracker.finished == 1
 
 
+def test_steps_of_an_init_word_and_skipped_ones_are_told_as_numbers(folder, tmp_path, noted, monkeypatch):
+    found = iter(["", "loss", "", ""])
+    monkeypatch.setattr(loop, "find_fault", lambda loss, norm: next(found))
+    recipe = change("wandb", trigger="mio", init_word="cat", init_steps=2)
+    train_adapter(folder, make_tiny_base(), recipe, tmp_path / "a.safetensors")
+    rows = read_rows(tmp_path / "a.run" / "metrics.jsonl")
+    assert [row.get("learnt") for row in rows] == ["init_word", "init_word", None, None]
+    assert [row.get("skipped") for row in rows] == [None, "loss", None, None]
+    assert all(type(v) in (int, float) for _, values in noted[0].rows for v in values.values())
+    assert len(noted[0].rows) == 4
+
+
 def test_a_tracker_is_closed_where_a_run_ends_early(folder, tmp_path, noted, monkeypatch):
     monkeypatch.setattr(loop, "find_fault", lambda loss, norm: "loss")
     recipe = dataclasses.replace(change("wandb"), max_skipped_steps=0)

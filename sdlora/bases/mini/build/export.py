@@ -45,11 +45,11 @@ def export_mini(work: Path, out: Path = WEIGHTS) -> None:
     tokenizer = read_tokenizer(work / "tokenizer")
     unet, text = new_unet(), new_text_encoder(len(tokenizer))
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": new_head()})
-    state = load_state(work / "unet.part.pt")
+    state = load_state(work / "unet.part.safetensors")
     with torch.no_grad():
         for p, a in zip(both.parameters(), state["average"], strict=True):
             p.copy_(a)
-    vae = load_vae(work, "decoder" if (work / "decoder.pt").exists() else "vae")
+    vae = load_vae(work, "decoder" if (work / "decoder.safetensors").exists() else "vae")
     pipe: Any = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text.half(),
@@ -80,8 +80,8 @@ def take_shipped(work: Path, shipped: Path = WEIGHTS) -> tuple[Any, Any]:
         (work / "tokenizer" / name).write_bytes((shipped / "tokenizer" / name).read_bytes())
     (work / "tokenizer" / "things.json").write_bytes((shipped / "things.json").read_bytes())
     vae: Any = AutoencoderKL.from_pretrained(shipped / "vae", torch_dtype=torch.float32)
-    if not (work / "vae.pt").exists():
-        save_state(work / "vae.pt", {"model": vae.state_dict()})
+    if not (work / "vae.safetensors").exists():
+        save_state(work / "vae.safetensors", {"model": vae.state_dict()})
     unet: Any = UNet2DConditionModel.from_pretrained(shipped / "unet", torch_dtype=torch.float32)
     text: Any = CLIPTextModel.from_pretrained(shipped / "text_encoder", dtype=torch.float32)
     return unet, text

@@ -86,10 +86,10 @@ def round_trips(pictures: Pictures, work: Path, batch: int = 32) -> np.ndarray |
     store = work / "roundtrip.npy"
     if store.exists():
         return np.load(store, mmap_mode="r")
-    if not (work / "vae.pt").exists():
+    if not (work / "vae.safetensors").exists():
         return None
     vae: Any = new_vae()
-    vae.load_state_dict(load_state(work / "vae.pt")["model"])
+    vae.load_state_dict(load_state(work / "vae.safetensors")["model"])
     vae.eval().to(memory_format=torch.channels_last)
     n = len(pictures.labels)
     out = np.zeros((len(SHAKES), n, INPUT_PX, INPUT_PX, 3), np.uint8)
@@ -194,7 +194,7 @@ def train_judge(
     name: str = "judge",
     shipped: Path | None = None,
 ) -> None:
-    """Trains to `steps`, going on from the last saved state; leaves the averaged weights as `work/{name}.pt`.
+    """Trains to `steps`, going on from the last saved state; leaves the averaged weights as `work/{name}.safetensors`.
 
     `shipped`, a judge's folder, is started from instead of random weights.
     """
@@ -212,7 +212,7 @@ def train_judge(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     start = 0
-    saved = load_state(work / f"{name}.part.pt")
+    saved = load_state(work / f"{name}.part.safetensors")
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -240,14 +240,14 @@ def train_judge(
             print(f"{name} {step + 1}/{steps} {line} {pace:.3f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            save_state(work / f"{name}.part.pt", {**state, "step": step + 1})
+            save_state(work / f"{name}.part.safetensors", {**state, "step": step + 1})
     words = {"labels": lesson.labels, "styles": lesson.styles, "vocabulary": vocabulary, "steps": steps, "seed": seed}
-    save_state(work / f"{name}.pt", {"model": average, **words})
+    save_state(work / f"{name}.safetensors", {"model": average, **words})
 
 
 def export_judge(work: Path, folder: Path = FOLDER, *, name: str = "judge") -> None:
-    """Writes `work/{name}.pt` as `config.json` and `model.safetensors` (fp16), each whole or not at all."""
-    saved = load_state(work / f"{name}.pt")
+    """Writes `work/{name}.safetensors` as `config.json` and `model.safetensors` (fp16), each whole or not at all."""
+    saved = load_state(work / f"{name}.safetensors")
     folder.mkdir(parents=True, exist_ok=True)
     model = saved.pop("model")
     weights = {k: (v.to(torch.float16) if v.is_floating_point() else v).contiguous() for k, v in model.items()}

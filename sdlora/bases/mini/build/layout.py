@@ -102,7 +102,7 @@ def train_layout(
     text.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(both.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start = 0
-    saved = load_state(work / "layout.part.pt")
+    saved = load_state(work / "layout.part.safetensors")
     if saved:
         both.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -128,5 +128,5 @@ def train_layout(
             losses = []
         if (step + 1) % 500 == 0 or step + 1 == steps:
             state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_state(work / "layout.part.pt", state)
+            save_state(work / "layout.part.safetensors", state)
     return head

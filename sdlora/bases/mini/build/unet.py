@@ -164,7 +164,7 @@ def encode_pool(pictures: Pictures, art_folder: Path, vae: Any, work: Path, seed
         [label in things and art in BASE_SETS for label, art in zip(pictures.labels, pictures.arts, strict=True)]
     )
     index = work / "pool.json"
-    saved = load_state(work / "pool.pt") if index.exists() else {}
+    saved = load_state(work / "pool.safetensors") if index.exists() else {}
     if not saved:
         latents, words = [], []
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
@@ -178,7 +178,7 @@ def encode_pool(pictures: Pictures, art_folder: Path, vae: Any, work: Path, seed
                 if row % 100 == 0:
                     print(f"pool {row}/{len(mine.labels)}", flush=True)
         saved = {"latents": torch.stack(latents)}
-        save_state(work / "pool.pt", saved)
+        save_state(work / "pool.safetensors", saved)
         index.write_text(json.dumps(words), encoding="utf-8")
     words = json.loads(index.read_text(encoding="utf-8"))
     return Pool(saved["latents"], mine.labels, mine.arts, words)
@@ -394,8 +394,8 @@ def train_unet(
     rows_in = np.array([row for row, label in enumerate(pool.labels) if label in known])
     strange = strange_words(tokenizer, pool)
     trainer = Trainer(tokenizer, workers if device == "cpu" else 1, learning_rate, seed, device)
-    if (work / "unet.part.pt").exists():
-        trainer.load(work / "unet.part.pt")
+    if (work / "unet.part.safetensors").exists():
+        trainer.load(work / "unet.part.safetensors")
     else:
         unet, text = shipped or (None, new_text_encoder(len(tokenizer)))
 
@@ -422,6 +422,6 @@ def train_unet(
             errors = []
             print(json.dumps(row), flush=True)
         if trainer.step % 250 == 0 or trainer.step == steps:
-            trainer.save(work / "unet.part.pt")
+            trainer.save(work / "unet.part.safetensors")
             if (work / "STOP").exists():
                 break

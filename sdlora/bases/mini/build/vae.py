@@ -91,7 +91,7 @@ def train_vae(
     vae = new_vae().to(memory_format=torch.channels_last)
     use_fast_group_norm(vae)
     if decoder_only:
-        vae.load_state_dict(load_state(work / "vae.pt")["model"])
+        vae.load_state_dict(load_state(work / "vae.safetensors")["model"])
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     probe = torch.nn.Conv2d(4, 3, 1)
@@ -99,7 +99,7 @@ def train_vae(
     optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     average = {k: v.clone() for k, v in vae.state_dict().items()}
     start = 0
-    saved = load_state(work / f"{name}.part.pt")
+    saved = load_state(work / f"{name}.part.safetensors")
     if saved:
         vae.load_state_dict(saved["model"])
         probe.load_state_dict(saved["probe"])
@@ -139,7 +139,7 @@ def train_vae(
             print(f"{name} {step + 1}/{steps} {parts} {rate:.3f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_state(
-                work / f"{name}.part.pt",
+                work / f"{name}.part.safetensors",
                 {
                     "model": vae.state_dict(),
                     "probe": probe.state_dict(),
@@ -152,7 +152,7 @@ def train_vae(
     vae.eval().requires_grad_(False)
     if not decoder_only:
         normalise_latents(vae, pictures)
-    save_state(work / f"{name}.pt", {"model": vae.state_dict()})
+    save_state(work / f"{name}.safetensors", {"model": vae.state_dict()})
     return vae
 
 
@@ -202,5 +202,5 @@ def reconstruction_db(vae: Any, pixels: np.ndarray, batch: int = 32) -> float:
 def load_vae(work: Path, name: str) -> Any:
     """The finished autoencoder of the build folder, `vae` or `decoder`, ready to use."""
     vae = new_vae().to(memory_format=torch.channels_last)
-    vae.load_state_dict(load_state(work / f"{name}.pt")["model"])
+    vae.load_state_dict(load_state(work / f"{name}.safetensors")["model"])
     return vae.eval().requires_grad_(False)
