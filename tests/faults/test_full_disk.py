@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from disk_calls import fail_at, let, watching
+from kills import make_context
 from pictures import make_folder
 from states import make, same
 
 from sdlora import disk
 from sdlora.adapter.delta import Adapter, LowRank
 from sdlora.adapter.file import write_adapter
+from sdlora.cli import main
 from sdlora.disk import replacing, write_atomic, write_new
 from sdlora.errors import DiskError
 from sdlora.training.checkpoint import find_damage, load_newest, save_checkpoint
@@ -53,7 +54,7 @@ def folder(tmp_path):
     return fresh
 
 
-def test_a_save_that_fails_leaves_the_checkpoints_before_it(folder, record_property):
+def test_a_save_that_fails_leaves_the_checkpoints_before_it(folder, tell):
     place, tries = folder(), 0
     for where, hook in failures(place.parent, lambda: save_checkpoint(place, make(3))):
         _, _, reason, for_ever = where
@@ -75,7 +76,7 @@ def test_a_save_that_fails_leaves_the_checkpoints_before_it(folder, record_prope
         assert len(list(place.iterdir())) == 2, where
         tries += 1
     assert tries >= 100
-    record_property("tries", tries)
+    tell(f"{tries} failing calls")
 
 
 def test_there_must_be_room_for_twice_the_size(folder, monkeypatch):
@@ -134,24 +135,34 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, write):
     assert tries >= 4 * 2 * len(ERRORS)
 
 
+def run_limited(argv, log, limit_bytes):
+    """The command line in a process that may write no larger file; what it prints goes to a file."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    sys.exit(main(argv))
+
+
 @pytest.mark.slow
 def test_a_limit_on_a_files_size_ends_a_run_in_one_line_and_it_goes_on_without(tmp_path):
     """A real limit, by the system, and the command line."""
-    data, out = make_folder(tmp_path / "data", 2), tmp_path / "a.safetensors"
-    command = [sys.executable, "-m", "sdlora", "train", str(data), "--out", str(out)]
-    command += ["--steps", "2", "--batch-size", "1", "--rank", "2", "--checkpoint-every", "1", "--device", "cpu"]
+    data, out, log = make_folder(tmp_path / "data", 2), tmp_path / "a.safetensors", tmp_path / "log"
+    command = ["train", str(data), "--out", str(out), "--steps", "2", "--batch-size", "1", "--rank", "2"]
+    command += ["--checkpoint-every", "1", "--device", "cpu"]
+    context = make_context()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+    def run(limit_bytes):
+        process = context.Process(target=run_limited, args=(command, log, limit_bytes))
+        process.start()
+        process.join(300)
+        return process.exitcode
 
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=300)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert run(150_000) == 2, log.read_text()
+    last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("error: "), last
     assert "cannot be written: File too large; raise the limit on a file's size (ulimit -f)" in last
     assert "bytes" in last
     assert not out.exists()
     assert not list(out.with_suffix(".run").rglob("*.tmp-*"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert run(resource.RLIM_INFINITY) == 0, log.read_text()
     assert out.exists()

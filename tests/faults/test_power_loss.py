@@ -64,7 +64,7 @@ def record(root: Path, work):
 
 
 @pytest.mark.parametrize("before", [(), (1,), (1, 2)])
-def test_a_save_is_there_or_is_not(tmp_path, before, record_property):
+def test_a_save_is_there_or_is_not(tmp_path, before, tell):
     root = tmp_path / "run"
     root.mkdir()
     for step in before:
@@ -90,7 +90,7 @@ def test_a_save_is_there_or_is_not(tmp_path, before, record_property):
     renamed = next(i for i, call in enumerate(calls) if call.kind == "rename")
     assert {step for number, step in found if number <= renamed} == {before[-1] if before else 0}
     assert {step for number, step in found if number >= renamed + 2} == {3}  # the folder is synced behind the rename
-    record_property("states", moments.looked)
+    tell(f"{moments.looked:,} states of the disk")
     assert moments.looked > 60
 
 
@@ -147,10 +147,10 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_what_is_left_to_the_same_bytes(run, tmp_path, record_property):
+def test_a_run_goes_on_from_what_is_left_to_the_same_bytes(run, tmp_path, tell):
     data, root, start, calls = run
     whole = (root / "a.safetensors").read_bytes()
-    moments = Moments(root, tmp_path / "after")
+    moments = Moments(root, tmp_path / "after", 150)
     moments.disk = start
     chance = random.Random(0)
     saved, resumed = 0, 0
@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_what_is_left_to_the_same_bytes(run, tmp_path, record
                 assert run.out.read_bytes() == whole, number
             if run.done.exists():
                 assert run.out.exists(), number
-            if chance.random() < 0.02 and resumed < 40:
+            if chance.random() < 0.03 and resumed < 40:
                 train_adapter(data, make_tiny_base(), RECIPE, run.out)
                 assert run.out.read_bytes() == whole, number
                 assert [row["step"] for row in read_rows(run.metrics)] == [1, 2, 3, 4]
@@ -181,8 +181,7 @@ def test_a_run_goes_on_from_what_is_left_to_the_same_bytes(run, tmp_path, record
                 saved = max([saved, *_named_steps(moments.disk, root)])
     assert saved == RECIPE.steps
     assert resumed >= 20
-    record_property("states", moments.looked)
-    record_property("calls", len(calls))
+    tell(f"{moments.looked:,} states of the disk after {len(calls)} calls, {resumed} of them gone on from")
 
 
 def _named_steps(disk: Disk, root: Path) -> list[int]:
@@ -190,7 +189,7 @@ def _named_steps(disk: Disk, root: Path) -> list[int]:
     return [int(name[5:]) for name in names if name[5:].isdigit()]
 
 
-def test_a_restart_leaves_the_old_run_or_none(run, tmp_path, record_property):
+def test_a_restart_leaves_the_old_run_or_none(run, tmp_path, tell):
     _, root, _, _ = run
     work = tmp_path / "work"
     shutil.copytree(root, work)
@@ -213,7 +212,7 @@ def test_a_restart_leaves_the_old_run_or_none(run, tmp_path, record_property):
         if number < len(calls):
             moments.disk.apply(calls[number])
     assert {type(x) for x in told} == {bool, str}
-    record_property("states", moments.looked)
+    tell(f"{moments.looked:,} states of the disk")
 
 
 def test_a_lora_is_the_old_one_or_the_new(tmp_path):
