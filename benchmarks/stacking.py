@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.__main__ import describe_machine
 from sdlora.adapter.delta import Adapter, Card, LowRank
 from sdlora.bases.family import Base, load_base
 from sdlora.bases.sampling import sample
@@ -149,8 +149,8 @@ def write_table(result: dict[str, Any], path: Path) -> None:
         "",
         f"`python -m benchmarks.stacking`, {result['date']}: {result['hardware']}, torch {result['torch']}, "
         f"{result['threads']} threads, {result['precision']}; `mini`, {STEPS} steps, guidance 5, {PICTURES} pictures "
-        f"at once, attention LoRAs of rank {RANK}; {result['rounds']} rounds in turns. What other work on the machine adds is "
-        "in the median and not in the fastest round, which the last column compares.",
+        f"at once, attention LoRAs of rank {RANK}; {result['rounds']} rounds in turns. What other work on the "
+        "machine adds is in the median and not in the fastest round, which the last column compares.",
         "",
         "| what | seconds a picture, fastest | median | spread | fastest, of its own bare base |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stacking", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--hardware", default=platform.processor() or platform.machine())
+    parser.add_argument("--hardware", help="what the table calls the machine; without it: its processor")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     base = load_base("mini", precision=args.precision)
@@ -183,7 +183,7 @@ def main() -> None:
             times[name].append(call())
     result = {
         "date": datetime.date.today().isoformat(),
-        "hardware": args.hardware,
+        "hardware": args.hardware or describe_machine()["cpu"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "precision": args.precision,
