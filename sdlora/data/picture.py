@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import stat
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ..errors import DataError
 from .buckets import Cut, plan_cut
+from .kinds import HEAD_BYTES, tell_kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _WHITE = (255, 255, 255, 255)
@@ -38,7 +41,7 @@ def strict_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         # A damaged tag is no news: a picture that is cut short fails when its pixels are read.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield
 
 
@@ -76,13 +79,16 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image | None]) ->
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            return convert(ImageOps.exif_transpose(image))
+            if image.format == "PNG":
+                _check_png(path)
+            return convert(ImageOps.exif_transpose(_scale_tiff(image)))
     except PermissionError as error:
         raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("is too large to be a training picture", "scale it down") from None
     except Image.UnidentifiedImageError:
-        raise ValueError("is not a picture, whatever its name says", "replace it with a picture or delete it") from None
+        with path.open("rb") as file:
+            raise ValueError(*tell_kind(file.read(HEAD_BYTES))) from None
     except MemoryError:
         raise ValueError("does not fit in memory", "scale it down") from None
     except UnsupportedMode as error:
@@ -112,11 +118,13 @@ class UnsupportedMode(Exception):
         self.fix = fix
 
 
-_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_TINT = 24  # of 255: how far a grey picture's channels may lie apart, as JPEG leaves them
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I":  # where white lies is known of 16 bits without a sign alone
+        raise UnsupportedMode("is a picture of signed or 32-bit numbers")
     if image.mode in _16_BIT:
         image = _grey_from_16_bit(image)
     if image.mode in ("F", "LAB"):
@@ -148,11 +156,44 @@ def _to_alpha(image: Image.Image) -> Image.Image | None:
     return None
 
 
+def _scale_tiff(image: Image.Image) -> Image.Image:
+    """A grey TIFF of 12 bits, or whose white is 0, as 16-bit grey whose white is 65535; any other as it is."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.mode not in _16_BIT:
+        return image
+    tags, values = image.tag_v2, np.asarray(image).astype(np.uint32)
+    if tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] == 12:
+        values = values * 65535 // 4095
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 65535 - values
+    scaled = Image.fromarray(values.astype(np.uint16))
+    scaled.info, scaled._exif = image.info, image.getexif()
+    return scaled
+
+
+def _check_png(path: Path) -> None:
+    """Holds the pixels' chunks against their checksums, which Pillow does not. Raises: OSError where one is wrong."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            (length,) = struct.unpack(">I", head[:4])
+            if head[4:] != b"IDAT":
+                if head[4:] == b"IEND":
+                    return
+                file.seek(length + 4, 1)
+                continue
+            total = zlib.crc32(head[4:])
+            while length:
+                part = file.read(min(length, 1 << 20))
+                if not part:
+                    raise OSError("it ends within its pixels")
+                total, length = zlib.crc32(part, total), length - len(part)
+            if file.read(4) != struct.pack(">I", total):
+                raise OSError("the checksum of its pixels is wrong")
+
+
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     """8-bit grey of a 16-bit picture: v / 257 rounded, so that white stays white (Pillow's own way clips at 255)."""
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UnsupportedMode("is a picture of 32-bit numbers")
     grey = (values + 128) // 257
     clear = image.info.get("transparency")
     if isinstance(clear, int):
