@@ -9,6 +9,7 @@ from pathlib import Path
 
 MOST_BYTES = 1 << 20
 """The longest file that can be a caption."""
+MEND = "mend the link or the rights, or delete it"
 
 
 class CaptionError(ValueError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
-from .captions import CaptionError, add_trigger, clean_caption, read_caption
+from .captions import MEND, CaptionError, add_trigger, clean_caption, read_caption
 from .likeness import Look, look_at
 from .metadata import METADATA, Rows, read_rows
 from .picture import decode_picture, fit_picture, read_picture, strict_warnings
@@ -258,7 +258,7 @@ class _Finder:
                     return caption
                 _note(self.survey, self.name(path), "is empty", "write a caption in it, or give --trigger")
             except OSError as error:
-                _note(self.survey, self.name(path), f"cannot be read ({_why(error)})", "give yourself the right to")
+                _note(self.survey, self.name(path), f"cannot be read ({_why(error)})", MEND)
             except CaptionError as error:
                 _note(self.survey, self.name(path), str(error), error.fix)
             return None

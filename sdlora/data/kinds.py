@@ -13,7 +13,7 @@ _READ = (
 _UNREAD = (
     (4, b"ftypavi", "an AVIF"), (4, b"ftyphei", "a HEIC"), (4, b"ftyphev", "a HEIC"), (4, b"ftypmif1", "a HEIF"),
     (4, b"ftypmsf1", "a HEIF"), (4, b"JXL \r\n", "a JPEG XL"), (0, b"\xff\n", "a JPEG XL"), (4, b"jP  ", "a JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "a JPEG 2000"), (0, b"8BPS", "a Photoshop"), (0, b"\0\0\1\0", "an icon"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000"), (0, b"8BPS", "a Photoshop"), (0, b"\0\0\1\0", "an ICO"),
     (0, b"v/1\1", "an OpenEXR"), (0, b"DDS ", "a DDS"), (0, b"qoif", "a QOI"), (0, b"gimp xcf", "a GIMP"),
     *((0, b"P%d" % n + end, "a Netpbm") for n in range(1, 7) for end in (b"\n", b" ")),
 )  # fmt: skip

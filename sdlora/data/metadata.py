@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .captions import CaptionError, clean_lines, find_control, read_plain
+from .captions import MEND, CaptionError, clean_lines, find_control, read_plain
 
 METADATA = "metadata.jsonl"
 _ROW_FIX = 'write {"file_name": "a.png", "text": "a caption"} on each line'
@@ -40,7 +40,7 @@ def read_rows(path: Path, name: str) -> Rows:
         rows.problems.append((name, str(error), error.fix))
         return rows
     except OSError as error:
-        rows.problems.append((name, f"cannot be read ({error.strerror or error})", "give yourself the right to"))
+        rows.problems.append((name, f"cannot be read ({error.strerror or error})", MEND))
         return rows
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

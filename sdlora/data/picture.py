@@ -81,14 +81,13 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image | None]) ->
             image.load()
             if image.format == "PNG":
                 _check_png(path)
-            return convert(ImageOps.exif_transpose(_scale_tiff(image)))
+            return convert(_scale_tiff(ImageOps.exif_transpose(image), image))
     except PermissionError as error:
         raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("is too large to be a training picture", "scale it down") from None
     except Image.UnidentifiedImageError:
-        with path.open("rb") as file:
-            raise ValueError(*tell_kind(file.read(HEAD_BYTES))) from None
+        raise ValueError(*tell_kind(_read_head(path))) from None
     except MemoryError:
         raise ValueError("does not fit in memory", "scale it down") from None
     except UnsupportedMode as error:
@@ -156,18 +155,27 @@ def _to_alpha(image: Image.Image) -> Image.Image | None:
     return None
 
 
-def _scale_tiff(image: Image.Image) -> Image.Image:
-    """A grey TIFF of 12 bits, or whose white is 0, as 16-bit grey whose white is 65535; any other as it is."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.mode not in _16_BIT:
+def _scale_tiff(image: Image.Image, read: Image.Image) -> Image.Image:
+    """A grey TIFF of 12 bits, or whose white is 0, as 16-bit grey whose white is 65535; any other as it is.
+
+    `read` is the picture as Pillow read it, whose tags are not lost yet.
+    """
+    if not isinstance(read, TiffImagePlugin.TiffImageFile) or image.mode not in _16_BIT:
         return image
-    tags, values = image.tag_v2, np.asarray(image).astype(np.uint32)
-    if tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] == 12:
+    values = np.asarray(image).astype(np.uint32)
+    if read.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] == 12:
         values = values * 65535 // 4095
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+    if read.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
         values = 65535 - values
-    scaled = Image.fromarray(values.astype(np.uint16))
-    scaled.info, scaled._exif = image.info, image.getexif()
-    return scaled
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def _read_head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:  # it went away meanwhile
+        return b"?"
 
 
 def _check_png(path: Path) -> None:
