@@ -81,6 +81,8 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image | None]) ->
             image.load()
             if image.format == "PNG":
                 _check_png(path)
+            if image.format in ("JPEG", "MPO"):
+                _check_jpeg(path)
             return convert(_scale_tiff(ImageOps.exif_transpose(image), image))
     except PermissionError as error:
         raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
@@ -197,6 +199,26 @@ def _check_png(path: Path) -> None:
                 total, length = zlib.crc32(part, total), length - len(part)
             if file.read(4) != struct.pack(">I", total):
                 raise OSError("the checksum of its pixels is wrong")
+
+
+def _check_jpeg(path: Path) -> None:
+    """Raises OSError where a JPEG has no end but zero bytes, which decode as grey: it was never written in full."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _ZEROS))
+        if file.read().strip(b"\0"):
+            return
+        file.seek(0)
+        data = file.read()
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):  # to where the pixels begin
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big") if data[at + 1] != 0xFF else 1
+    if b"\xff\xd9" not in data[at:]:
+        raise OSError("it ends in zero bytes")
+
+
+_ZEROS = 64
+"""How many zero bytes no whole JPEG ends in, but for what comes after its end."""
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
