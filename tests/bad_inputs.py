@@ -115,8 +115,8 @@ def interlaced(pixels: np.ndarray) -> bytes:
 
 
 def tiff(
-    width: int, height: int, bits: int, data: bytes, white: int = 1, number: int = 1, samples: int = 1, order: str = "<",
-    tile_px: int = 0, **tags: int,
+    width: int, height: int, bits: int, data: bytes, white: int = 1, number: int = 1, samples: int = 1,
+    order: str = "<", tile_px: int = 0, **tags: int,
 ) -> bytes:  # fmt: skip
     """A TIFF written by hand: white is 0 (at 0), 1 (at the top), 2 RGB; number is 1 unsigned, 2 signed, 3 floating."""
     rows = {256: (3, [width]), 257: (3, [height]), 258: (3, [bits] * samples), 259: (3, [1]), 262: (3, [white])}
@@ -397,8 +397,9 @@ def good_pictures() -> list[Good]:
     for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         good(f"TIFF by {how}", "a.tiff", save(image, "TIFF", compression=how), pixels)
     good("big TIFF", "a.tif", save(image, "TIFF", big_tiff=True), pixels)
-    good("lossless WebP with alpha", "a.webp", save(Image.new("RGBA", (2, 2), (0, 100, 200, 51)), "WEBP", lossless=True),
-         np.full((2, 2, 3), (204, 224, 244)))  # fmt: skip
+    veil = Image.new("RGBA", (2, 2), (0, 100, 200, 51))
+    pale = np.full((2, 2, 3), (204, 224, 244))
+    good("lossless WebP with alpha", "a.webp", save(veil, "WEBP", lossless=True), pale)
     good("premultiplied TIFF", "a.tif", tiff(1, 1, 8, bytes([0, 20, 40, 51]), white=2, samples=4, t338=1),
          [[[204, 224, 244]]])  # fmt: skip
     good("bilevel PNG", "a.png", png(8, 1, 1, 0, b"\0\xf0"), _grey(*[255] * 4, *[0] * 4))

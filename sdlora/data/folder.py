@@ -291,7 +291,7 @@ def _check_pictures(pictures: list[_Picture]) -> Iterator[tuple[_Seen | None, tu
         pixels = hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
         return _Seen(pixels, look_at(image), image.size), None
 
-    with strict_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with strict_warnings(p.path for p in pictures), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         yield from pool.map(check, pictures)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
+import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises: DataError, naming the file and the fix, where it cannot be decoded.
     """
-    with strict_warnings():
+    with strict_warnings([path]):
         try:
             return decode_picture(path)
         except ValueError as error:
@@ -36,13 +38,35 @@ def read_picture(path: Path) -> Image.Image:
 
 
 @contextmanager
-def strict_warnings() -> Iterator[None]:
-    """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once."""
-    with warnings.catch_warnings():
+def strict_warnings(paths: Iterable[Path]) -> Iterator[None]:
+    """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once.
+
+    Where one of the pictures to be read is a TIFF by its name, what libtiff says of damage on stderr is not heard.
+    """
+    quiet = _closed_stderr() if any(path.suffix.lower() in (".tif", ".tiff") for path in paths) else nullcontext()
+    with quiet, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         # A damaged tag is no news: a picture that is cut short fails when its pixels are read.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield
+
+
+@contextmanager
+def _closed_stderr() -> Iterator[None]:
+    """Nothing reaches stderr, whatever writes there: libtiff does so by itself, past Python."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed already
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def decode_picture(path: Path) -> Image.Image:

@@ -1,5 +1,6 @@
-"""Bad pictures, captions, rows, TOML and flags are one line that names the thing and the fix; odd but good ones hold."""
+"""Bad pictures, captions, rows, TOML and flags are one line that names thing and fix; odd but good ones hold."""
 
+import contextlib
 import json
 import os
 import time
@@ -185,13 +186,14 @@ def test_all_bad_files_of_a_folder_come_in_one_line(tmp_path):
 
 def test_verbs_say_it_in_a_line_and_write_nothing(tmp_path, capfd):
     data, out = tmp_path / "data", tmp_path / "out.safetensors"
-    for bad in (*PICTURES[::9], *CAPTIONS[::5]):
+    for bad in (*PICTURES[::15], *CAPTIONS[::7]):
         data.mkdir()
         put_good(data, caption=None if bad in CAPTIONS else "a fox")
         (data / "x.txt").write_text("a fox")
         path = bad.put(data)
         before = state(data)
-        for command in (["train", str(data), "--out", str(out)], ["check", str(data)]):
+        commands = [["train", str(data), "--out", str(out)], ["check", str(data)]]
+        for command in commands if bad in (PICTURES[0], CAPTIONS[0]) else commands[:1]:
             code, said = main(command), capfd.readouterr()
             assert code == 2, bad.what
             assert said.err.startswith(f"error: {data}: {bad.name}: {bad.problem}"), bad.what
@@ -305,14 +307,11 @@ def test_any_bytes_are_a_caption_or_refused(tmp_path, data):
         (problem,) = survey.problems
         assert problem.file == "a.txt"
         assert f"{problem.problem} ({problem.fix})".isprintable()
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            assert problem.problem.startswith(f"is not UTF-8 at byte {error.start}")
-            assert problem.fix == UTF8
-        else:
-            bare = " ".join(text.removeprefix("\ufeff").split())
-            assert not bare or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in bare)
+        bare = " ".join(data.decode("utf-8-sig", "replace").removeprefix("\ufeff").split())
+        broken = problem.problem.startswith("is not UTF-8 at byte ")
+        assert broken == (data.decode(errors="ignore").encode() != data)
+        assert not broken or problem.fix == UTF8
+        assert broken or not bare or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in bare)
     else:
         (found,) = survey.examples
         assert found.caption == " ".join(found.caption.split()) != ""
@@ -333,7 +332,7 @@ lines = (
 )
 
 
-@settings(again, max_examples=300)
+@settings(again, max_examples=200)
 @given(st.lists(lines, max_size=3))
 def test_any_metadata_is_read_or_refused_by_line(tmp_path, content):
     put_good(tmp_path, caption=None)
@@ -392,19 +391,36 @@ def test_any_toml_is_a_recipe_or_refused_in_a_line(tmp_path, capfd, content):
 @given(st.sampled_from(SOUND), st.integers(0, 2**32))
 def test_a_damaged_picture_is_refused_in_a_line_or_read(tmp_path, sound, seed):
     kind, content = sound
-    path = tmp_path / "a.png"
+    path = tmp_path / f"a.{'tif' if 'TIFF' in kind else 'png'}"
     path.write_bytes(damage(content, seed))
-    began_s = time.perf_counter()
+    began_s, said, image = time.perf_counter(), "", None
     try:
         image = read_picture(path)
     except DataError as error:
-        assert str(error).startswith(f"{path}: ")
-        assert str(error).isprintable()
-        assert "; " in str(error)
+        said = str(error)
+    if image is None:
+        assert said.startswith(f"{path}: ")
+        assert said.isprintable()
+        assert "; " in said
     else:
         assert image.mode == "RGB"
         image.tobytes()
     assert time.perf_counter() - began_s < 2 * MOST_S
+
+
+def test_libtiff_says_nothing_of_a_damaged_tiff(tmp_path, capfd):
+    """It writes to stderr past Python, which the word after it must still reach."""
+    content = dict(SOUND)["LZW TIFF"]
+    for seed in range(200):
+        path = tmp_path / f"{seed}.tif"
+        path.write_bytes(damage(content, seed))
+        path.with_suffix(".txt").write_text("a fox")
+        with contextlib.suppress(DataError):
+            read_picture(path)
+    problems = survey_folder(tmp_path).problems
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+    assert len(problems) > 50
 
 
 def test_a_changed_bit_of_a_png_is_never_read_as_other_pixels(tmp_path):
