@@ -259,7 +259,7 @@ def bad_pictures() -> list[Bad]:
     huge[18:26] = struct.pack("<ii", 100_000, 100_000)
     bad("a bomb, BMP", "x.bmp", bytes(huge), big, scale)
     bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))
-    bad("a bomb in a PNG's text", "x.png", whole["PNG"][:33] + bomb + whole["PNG"][33:], "")
+    bad("a bomb in a PNG's text", "x.png", whole["PNG"][:33] + bomb + whole["PNG"][33:], "cannot be decoded (Decompressed data")
     # something else under a picture's name
     page = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>404</body></html>"
     bad("a page", "x.png", page, "is a web page, not a picture", "download the picture itself, or delete it")
