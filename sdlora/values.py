@@ -128,7 +128,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     text = ""
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a TOML file") from None

@@ -259,7 +259,12 @@ def bad_pictures() -> list[Bad]:
     huge[18:26] = struct.pack("<ii", 100_000, 100_000)
     bad("a bomb, BMP", "x.bmp", bytes(huge), big, scale)
     bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))
-    bad("a bomb in a PNG's text", "x.png", whole["PNG"][:33] + bomb + whole["PNG"][33:], "cannot be decoded (Decompressed data")
+    bad(
+        "a bomb in a PNG's text",
+        "x.png",
+        whole["PNG"][:33] + bomb + whole["PNG"][33:],
+        "cannot be decoded (Decompressed data",
+    )
     # something else under a picture's name
     page = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>404</body></html>"
     bad("a page", "x.png", page, "is a web page, not a picture", "download the picture itself, or delete it")
@@ -418,6 +423,7 @@ def bad_captions() -> list[Bad]:
     fox = "ein roter Fuchs über dem Zaun"
     bad("Latin-1", fox.encode("latin-1"), "is not UTF-8 at byte 16", UTF8)
     bad("Latin-1 in .caption", b"caf\xe9", "is not UTF-8 at byte 3", UTF8, "a.caption")
+    bad("Latin-1 behind a byte order mark", b"\xef\xbb\xbfcaf\xe9", "is not UTF-8 at byte 6", UTF8)
     bad("UTF-16", fox.encode("utf-16"), "is not UTF-8 at byte 0 but UTF-16", UTF8)
     bad("UTF-16, big-endian", b"\xfe\xff" + fox.encode("utf-16-be"), "is not UTF-8 at byte 0 but UTF-16", UTF8)
     zero = "is not text: it has a zero byte at byte"
@@ -554,6 +560,8 @@ def bad_rows() -> list[tuple[str, bytes, str, str, str]]:
         ("repeated otherwise", f"{row('a.png')}\n{row('./a.png')}".encode(), "line 2", "names ./a.png a second", again)
     )
     found.append(("Latin-1", '{"text": "é"}'.encode("latin-1"), "", "is not UTF-8 at byte 10", "save it as UTF-8"))
+    behind = b'\xef\xbb\xbf{"text": "\xe9"}'
+    found.append(("Latin-1 behind a mark", behind, "", "is not UTF-8 at byte 13", "save it as UTF-8"))
     found.append(("UTF-16", row("a.png").encode("utf-16"), "", "is not UTF-8 at byte 0", "save it as UTF-8"))
     return found
 
@@ -603,7 +611,7 @@ def bad_configs() -> list[tuple[bytes, tuple[str, ...]]]:
         (f"preview = 0x{'f' * 5000}", ("preview = a very large number is not a list", "give a list of texts")),
         (f"preview = [0x{'f' * 5000}]", ("preview = a very large number is not text", "put it in quotes")),
         (f"seed = {'9' * 5000}", ("is not TOML", "a number that is too long", "write key = value lines")),
-        (f"preview = {'[' * 450}{']' * 450}", ("preview = [[[", "is not text", "put it in quotes")),
+        (f"preview = {'[' * 450}{']' * 450}", ("preview = [[[[…]]]] is not text", "put it in quotes")),
         (f"steps = {'[' * 9000}", ("is not TOML", "nested too deeply")),
         (f'steps = "{"a" * 5000}"', ("steps = ", "…", "give one such as 300")),
         ('steps = "300"', ('steps = "300" is not a whole number', "write 300 without quotes")),
@@ -639,6 +647,7 @@ def bad_configs() -> list[tuple[bytes, tuple[str, ...]]]:
         ('{"steps": 3}', ('line 1, {"steps": 3}', "write key = value lines")),
         ("steps = 3\0", ("line 1, ", "write key = value lines")),
         ("<html></html>", ("line 1, <html></html>", "write key = value lines")),
+        (b"\xef\xbb\xbfsteps = 3 # \xe9", ("is not UTF-8 at byte 15", "save it as UTF-8")),
         (b"steps = 3 # \xe9", ("is not UTF-8 at byte 12", "save it as UTF-8")),
         ("steps = 3".encode("utf-16"), ("is not UTF-8 at byte 0", "save it as UTF-8")),
         (b"\x89PNG\r\n\x1a\n", ("is not UTF-8 at byte 0", "save it as UTF-8")),

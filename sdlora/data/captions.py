@@ -43,7 +43,7 @@ def decode_caption(data: bytes, *, lines: bool = False) -> str:
     Raises: CaptionError, saying what is wrong and where, for bytes that are not UTF-8 text.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise CaptionError(f"is not UTF-8 at byte {error.start}" + (" but UTF-16" if utf16 else "")) from None
@@ -51,8 +51,7 @@ def decode_caption(data: bytes, *, lines: bool = False) -> str:
         raise CaptionError(f"is not text: it has a zero byte at byte {data.index(0)}, as UTF-16 has")
     at = find_control(text)
     if at is not None:
-        mark = len(data) - len(text.encode())  # 3 where there is a byte order mark
-        offset = mark + len(text[:at].encode())
+        offset = len(text[:at].encode())
         raise CaptionError(f"has a control character (U+{ord(text[at]):04X}) at byte {offset}", "delete that character")
     return clean_lines(text) if lines else clean_caption(text)
 

@@ -32,7 +32,7 @@ def read_rows(path: Path, name: str) -> Rows:
     """Reads a metadata file; `name` is what its problems call it. Never raises: all problems are in the Rows."""
     rows = Rows()
     try:
-        text = read_plain(path).decode("utf-8-sig")
+        text = read_plain(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         rows.problems.append((name, f"is not UTF-8 at byte {error.start}", "save it as UTF-8"))
         return rows

@@ -5,6 +5,7 @@ import json
 import os
 import time
 import tomllib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,10 @@ def test_a_name_with_line_ends_is_said_in_one_line(tmp_path, capfd):
 def test_an_odd_picture_has_the_pixels_that_were_meant(tmp_path, good):
     path = tmp_path / good.name
     write(path, good.content)
-    image = read_picture(path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        image = read_picture(path)
+    assert not told
     expected = np.array(good.expected, dtype=np.int64)
     assert image.mode == "RGB"
     assert image.size == (expected.shape[1], expected.shape[0])
@@ -238,6 +242,14 @@ def test_an_odd_caption_is_the_text_that_was_meant(tmp_path, good):
     put_good(tmp_path, caption=None)
     write(tmp_path / good.name, good.content)
     assert [e.caption for e in scan_folder(tmp_path)] == [good.expected]
+
+
+def test_metadata_may_have_a_byte_order_mark_and_other_line_ends(tmp_path):
+    put_good(tmp_path, caption=None)
+    (tmp_path / "metadata.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"file_name": "a.png", "text": "a fox", "score": NaN}\r\n\r\n'
+    )
+    assert [e.caption for e in scan_folder(tmp_path)] == ["a fox"]
 
 
 def test_a_link_to_a_good_picture_is_one(tmp_path):
