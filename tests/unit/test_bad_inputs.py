@@ -185,6 +185,7 @@ def test_all_bad_files_of_a_folder_come_in_one_line(tmp_path):
     assert str(error.value).isprintable()
 
 
+@pytest.mark.slow
 def test_verbs_say_it_in_a_line_and_write_nothing(tmp_path, capfd):
     data, out = tmp_path / "data", tmp_path / "out.safetensors"
     for bad in (*PICTURES[::15], *CAPTIONS[::7]):
