@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import math
@@ -37,7 +38,8 @@ def typed(name: str, kind: Any, value: Any, example: Any = None) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} = {show(value)} is not a list; give a list of texts: [{show(str(value))}]")
+            example = show(value) if isinstance(value, str) else '"…"'
+            raise ConfigError(f"{name} = {show(value)} is not a list; give a list of texts: [{example}]")
         return tuple(typed(name, str, item) for item in value)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
@@ -47,29 +49,54 @@ def typed(name: str, kind: Any, value: Any, example: Any = None) -> Any:
         raise ConfigError(f"{name} = {value} is not a finite number; give one such as {example or 1.0}")
     if kind is str:
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
-            raise ConfigError(f"{name} = {value!a} holds a line break or a control character; remove it")
+            raise ConfigError(f"{name} = {_shorten(value)!a} holds a line break or a control character; remove it")
         return " ".join(value.split()) if name == "trigger" else value
     return value
 
 
 def _type_hint(kind: type, value: Any, example: Any) -> str:
     if kind is str:
-        return f'; write "{value}"' if isinstance(value, int | float) else "; put it in quotes"
+        short = isinstance(value, float) or (isinstance(value, int) and abs(value) <= 10**20)
+        return f'; write "{show(value)}"' if short else "; put it in quotes"
     if isinstance(value, str):
         word = value.lower() if value.lower() in ("true", "false") else value
-        return f"; write {word} without quotes" if kind is not bool or word in ("true", "false") else ""
-    return "" if kind is bool else f"; give one such as {example or 1}"
+        if word in ("true", "false") if kind is bool else _spells(kind, word):
+            return f"; write {word} without quotes"
+    if kind is bool:
+        return "; write true or false"
+    whole = isinstance(value, float) and value.is_integer() and kind is int and abs(value) < 2**53
+    return f"; write {int(value)}" if whole else f"; give one such as {example or 1}"
 
 
-def show(value: Any) -> str:
-    """The value as a person would have written it."""
+def _spells(kind: type, word: str) -> bool:
+    return NUMBER.fullmatch(word) is not None and (kind is float or word.lstrip("+-").isdigit()) and len(word) < 20
+
+
+def show(value: Any, depth: int = 0) -> str:
+    """The value as a person would have written it, cut short where that is very long."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(show(item) for item in value)}]"
+    if isinstance(value, list | tuple | dict):
+        if depth == _MOST_DEPTH:  # TOML may be nested deeper than Python can follow
+            return "…"
+        if isinstance(value, dict):
+            items = [f"{key[:_MOST_CHARACTERS]} = {show(item, depth + 1)}" for key, item in value.items()]
+        else:
+            items = [show(item, depth + 1) for item in value]
+        items[_MOST_ITEMS:] = ["…"] if len(items) > _MOST_ITEMS else []
+        return f"{{{', '.join(items)}}}" if isinstance(value, dict) else f"[{', '.join(items)}]"
     if isinstance(value, int) and abs(value) > 10**20:  # str() of a huge int is slow and may be refused
         return "a very large number"
-    return repr(value) if not isinstance(value, str) else quote(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return str(value)
+    return repr(value) if not isinstance(value, str) else quote(_shorten(value))
+
+
+_MOST_DEPTH, _MOST_ITEMS, _MOST_CHARACTERS = 4, 64, 300
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -97,17 +124,44 @@ _ALIASES = {
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file.
 
-    Raises: ConfigError where it cannot be read or is no TOML.
+    Raises: ConfigError where it cannot be read or is no TOML, or a key could not be shown in a line.
     """
+    text = ""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return tomllib.loads(text.replace("\r\n", "\n"))
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+        values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a TOML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}; write key = value lines") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {_explain_toml(text, str(error))}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else "has a number that is too long"
+        raise ConfigError(f"{path}: is not TOML: {reason}; write key = value lines") from None
+    for key in values:
+        if not key or not key.isprintable() or len(key) > _MOST_CHARACTERS:
+            raise ConfigError(f"{path}: unknown key {quote(_shorten(key))}; write key = value lines, such as rank = 8")
+    return values
+
+
+def _explain_toml(text: str, reason: str) -> str:
+    """What is wrong with the line of a TOML text that tomllib stopped at, and the fix."""
+    lines = text.split("\n")
+    place = re.search(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)", reason)
+    if place is None:
+        return f"is not TOML: {reason}; write key = value lines"
+    full = [n for n, line in enumerate(lines, 1) if line.strip()] or [1]
+    number = int(place[1]) if place[1] else full[-1]
+    reason, line = reason[: place.start()], lines[number - 1].strip()
+    key = line.partition("=")[0].strip()
+    fix = "write key = value lines"
+    if reason == "Cannot overwrite a value":
+        fix = f"{_shorten(key)} is given twice, leave one out"
+    elif reason == "Invalid value":
+        fix = "put text in quotes, and write true or false, numbers as 0.5, and lists in square brackets"
+    line = _shorten(line)
+    return f"is not TOML: line {number}, {line if line.isprintable() else quote(line)}: {reason}; {fix}"
 
 
 def to_toml(value: Any) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
-from .captions import add_trigger, clean_caption, decode_caption
+from .captions import MEND, CaptionError, add_trigger, clean_caption, read_caption
 from .likeness import Look, look_at
 from .metadata import METADATA, Rows, read_rows
 from .picture import decode_picture, fit_picture, read_picture, strict_warnings
@@ -19,7 +19,10 @@ from .picture import decode_picture, fit_picture, read_picture, strict_warnings
 __all__ = ["Example", "Problem", "Survey", "digest", "fit_picture", "read_picture", "scan_folder", "survey_folder"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".avif", ".jxl", ".jfif", ".psd"})
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jpe", ".jp2", ".psd", ".xcf", ".apng", ".tga", ".ppm", ".pgm",
+     ".exr", ".dng", ".cr2", ".nef", ".arw"}
+)  # fmt: skip
 MAX_REPEATS = 10_000
 _REPEATS = re.compile(r"([0-9]+)_.+")
 _ADD_CAPTION = "write each one's caption in a .txt file of its name, or give --trigger"
@@ -252,14 +255,14 @@ class _Finder:
             if path is None:
                 continue
             try:
-                caption = decode_caption(path.read_bytes(), lines=self.lines)
+                caption = read_caption(path, lines=self.lines)
                 if caption or self.trigger:
                     return caption
                 _note(self.survey, self.name(path), "is empty", "write a caption in it, or give --trigger")
             except OSError as error:
-                _note(self.survey, self.name(path), f"cannot be read ({_why(error)})", "give yourself the right to")
-            except ValueError as error:
-                _note(self.survey, self.name(path), str(error), "save it as UTF-8 text")
+                _note(self.survey, self.name(path), f"cannot be read ({_why(error)})", MEND)
+            except CaptionError as error:
+                _note(self.survey, self.name(path), str(error), error.fix)
             return None
         for folder in (picture.path.parent, *picture.path.parent.parents):
             if folder in self.rows and picture.path in self.rows[folder].captions:
@@ -290,7 +293,7 @@ def _check_pictures(pictures: list[_Picture]) -> Iterator[tuple[_Seen | None, tu
         pixels = hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
         return _Seen(pixels, look_at(image), image.size), None
 
-    with strict_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with strict_warnings(p.path for p in pictures), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         yield from pool.map(check, pictures)
 
 

@@ -47,7 +47,8 @@ def add_masks(survey: Survey, source: str) -> None:
         found = _find_masks(root)
         names = {_stem(e.name) for e in survey.examples}
         survey.masks_unused = [str(p) for stem, paths in found.items() if stem not in names for p in paths]
-    with strict_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    paths = [e.path for e in survey.examples] + [path for own in found.values() for path in own]
+    with strict_warnings(paths), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         looks = list(pool.map(lambda e: _look_at(e, source, found), survey.examples))
     without = sum(look.problem is None and look.path is None for look in looks)
     for i, (example, look) in enumerate(zip(survey.examples, looks, strict=True)):
@@ -69,7 +70,7 @@ def read_mask(example: Example) -> Image.Image:
     Raises: DataError, naming the file and the fix, where it can no longer be read.
     """
     assert example.mask is not None
-    with strict_warnings():
+    with strict_warnings([example.mask]):
         try:
             mask = _decode(example.mask, own=example.mask == example.path)
         except ValueError as error:

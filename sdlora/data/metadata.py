@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from .captions import clean_lines
+from .captions import MEND, CaptionError, clean_lines, find_control, read_plain
 
 METADATA = "metadata.jsonl"
 _ROW_FIX = 'write {"file_name": "a.png", "text": "a caption"} on each line'
@@ -31,12 +32,15 @@ def read_rows(path: Path, name: str) -> Rows:
     """Reads a metadata file; `name` is what its problems call it. Never raises: all problems are in the Rows."""
     rows = Rows()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_plain(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         rows.problems.append((name, f"is not UTF-8 at byte {error.start}", "save it as UTF-8"))
         return rows
+    except CaptionError as error:
+        rows.problems.append((name, str(error), error.fix))
+        return rows
     except OSError as error:
-        rows.problems.append((name, f"cannot be read ({error.strerror or error})", "give yourself the right to"))
+        rows.problems.append((name, f"cannot be read ({error.strerror or error})", MEND))
         return rows
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -58,7 +62,9 @@ def read_rows(path: Path, name: str) -> Rows:
 def _read_row(line: str) -> tuple[str, str]:
     """A row's picture and caption. Raises: ValueError with two arguments, the problem and the fix."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
+    except _Repeated as error:
+        raise ValueError(f"has {error} twice", "leave one of them out") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({str(error).split(':')[0]})", _ROW_FIX) from None
     if not isinstance(row, dict):
@@ -68,11 +74,27 @@ def _read_row(line: str) -> tuple[str, str]:
         raise ValueError("has no file_name", _ROW_FIX)
     if not isinstance(caption, str) or not _is_unicode(caption):
         raise ValueError("has a text that is no string of Unicode", _ROW_FIX)
+    at = find_control(caption)
+    if at is not None:
+        problem = f"has a control character (U+{ord(caption[at]):04X}) in its text at character {at}"
+        raise ValueError(problem, "delete that character")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith("\\"):
         raise ValueError(f"names the absolute path {name}", "name the picture relative to the metadata file")
     if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"climbs out of the folder with {name}", "name the picture relative to the metadata file")
     return name, clean_lines(caption)
+
+
+class _Repeated(Exception):
+    """The key that a JSON object has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    for key in ("file_name", "text"):
+        if sum(name == key for name, _ in pairs) > 1:
+            raise _Repeated(key)
+    return row
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import struct
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ..errors import DataError
 from .buckets import Cut, plan_cut
+from .kinds import HEAD_BYTES, tell_kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _WHITE = (255, 255, 255, 255)
@@ -24,7 +29,7 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises: DataError, naming the file and the fix, where it cannot be decoded.
     """
-    with strict_warnings():
+    with strict_warnings([path]):
         try:
             return decode_picture(path)
         except ValueError as error:
@@ -33,13 +38,35 @@ def read_picture(path: Path) -> Image.Image:
 
 
 @contextmanager
-def strict_warnings() -> Iterator[None]:
-    """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once."""
-    with warnings.catch_warnings():
+def strict_warnings(paths: Iterable[Path]) -> Iterator[None]:
+    """Makes Pillow's warning of a decompression bomb an error; not to be entered from several threads at once.
+
+    Where one of the pictures to be read is a TIFF by its name, what libtiff says of damage on stderr is not heard.
+    """
+    quiet = _closed_stderr() if any(path.suffix.lower() in (".tif", ".tiff") for path in paths) else nullcontext()
+    with quiet, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         # A damaged tag is no news: a picture that is cut short fails when its pixels are read.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield
+
+
+@contextmanager
+def _closed_stderr() -> Iterator[None]:
+    """Nothing reaches stderr, whatever writes there: libtiff does so by itself, past Python."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed already
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def decode_picture(path: Path) -> Image.Image:
@@ -76,13 +103,17 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image | None]) ->
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            return convert(ImageOps.exif_transpose(image))
+            if image.format == "PNG":
+                _check_png(path)
+            if image.format in ("JPEG", "MPO"):
+                _check_jpeg(path)
+            return convert(_scale_tiff(ImageOps.exif_transpose(image), image))
     except PermissionError as error:
         raise ValueError(f"cannot be read ({_reason(error)})", "give yourself the right to read it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("is too large to be a training picture", "scale it down") from None
     except Image.UnidentifiedImageError:
-        raise ValueError("is not a picture, whatever its name says", "replace it with a picture or delete it") from None
+        raise ValueError(*tell_kind(_read_head(path))) from None
     except MemoryError:
         raise ValueError("does not fit in memory", "scale it down") from None
     except UnsupportedMode as error:
@@ -112,11 +143,13 @@ class UnsupportedMode(Exception):
         self.fix = fix
 
 
-_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_TINT = 24  # of 255: how far a grey picture's channels may lie apart, as JPEG leaves them
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I":  # where white lies is known of 16 bits without a sign alone
+        raise UnsupportedMode("is a picture of signed or 32-bit numbers")
     if image.mode in _16_BIT:
         image = _grey_from_16_bit(image)
     if image.mode in ("F", "LAB"):
@@ -148,11 +181,73 @@ def _to_alpha(image: Image.Image) -> Image.Image | None:
     return None
 
 
+def _scale_tiff(image: Image.Image, read: Image.Image) -> Image.Image:
+    """A grey TIFF of 12 bits, or whose white is 0, as 16-bit grey whose white is 65535; any other as it is.
+
+    `read` is the picture as Pillow read it, whose tags are not lost yet.
+    """
+    if not isinstance(read, TiffImagePlugin.TiffImageFile) or image.mode not in _16_BIT:
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    if read.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] == 12:
+        values = values * 65535 // 4095
+    if read.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 65535 - values
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def _read_head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:  # it went away meanwhile
+        return b"?"
+
+
+def _check_png(path: Path) -> None:
+    """Holds the pixels' chunks against their checksums, which Pillow does not. Raises: OSError where one is wrong."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            (length,) = struct.unpack(">I", head[:4])
+            if head[4:] != b"IDAT":
+                if head[4:] == b"IEND":
+                    return
+                file.seek(length + 4, 1)
+                continue
+            total = zlib.crc32(head[4:])
+            while length:
+                part = file.read(min(length, 1 << 20))
+                if not part:
+                    raise OSError("it ends within its pixels")
+                total, length = zlib.crc32(part, total), length - len(part)
+            if file.read(4) != struct.pack(">I", total):
+                raise OSError("the checksum of its pixels is wrong")
+
+
+def _check_jpeg(path: Path) -> None:
+    """Raises OSError where a JPEG has no end but zero bytes, which decode as grey: it was never written in full."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _ZEROS))
+        if file.read().strip(b"\0"):
+            return
+        file.seek(0)
+        data = file.read()
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):  # to where the pixels begin
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big") if data[at + 1] != 0xFF else 1
+    if b"\xff\xd9" not in data[at:]:
+        raise OSError("it ends in zero bytes")
+
+
+_ZEROS = 64
+"""How many zero bytes no whole JPEG ends in, but for what comes after its end."""
+
+
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     """8-bit grey of a 16-bit picture: v / 257 rounded, so that white stays white (Pillow's own way clips at 255)."""
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UnsupportedMode("is a picture of 32-bit numbers")
     grey = (values + 128) // 257
     clear = image.info.get("transparency")
     if isinstance(clear, int):
