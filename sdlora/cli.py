@@ -30,7 +30,7 @@ from .file_verbs import (
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
-from .screen import print_json, say, show_name, show_steps
+from .screen import print_json, print_line, say, show_name, show_steps
 from .sharing_verbs import add_card, add_convert, run_card, run_convert
 from .training.processes import count_processes, is_main, is_printed, quiet_unless_main, shared_errors
 from .values import parse_lora, suggest
@@ -192,7 +192,7 @@ def run_check(args: Namespace) -> int:
         class_lines = describe_prior(classes, recipe) if classes else []
         different = len({e.caption for e in survey.examples})
         for line in check.list_report(report, different, cut_lines, memory_lines, mask_lines, class_lines):
-            print(show_name(line))
+            print_line(line)
     if survey.problems:
         hint = hint_at_skipping(survey, recipe)
         say(f"error: {describe_problems(survey.folder, survey.problems)}{hint}")
@@ -370,7 +370,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
         *(f"  {line}" for line in recipe_to_toml(recipe).splitlines()),
     ]
     for line in lines:
-        print(show_name(line))
+        print_line(line)
 
 
 # --- generate -----------------------------------------------------------------------------------------------------

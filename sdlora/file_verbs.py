@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .flags import Parser, read_number, read_whole_number
 from .places import check_files, check_folder, check_output
 from .profiles import StackSpec, parse_stacked
-from .screen import Countdown, print_json, say, show_name
+from .screen import Countdown, print_json, print_line, say, show_name
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +160,8 @@ def run_diagnose(args: Namespace) -> int:
     if args.json:
         print_json(found.to_json())
     else:
-        print(show_name("\n".join(list_diagnosis(found, *names))))
+        for line in list_diagnosis(found, *names):
+            print_line(line)
     return 0
 
 
@@ -258,5 +259,6 @@ def run_inspect(args: Namespace) -> int:
         print_json(found)
     else:
         for one in found:
-            print(show_name("\n".join(list_summary(one))))
+            for line in list_summary(one):
+                print_line(line)
     return 0

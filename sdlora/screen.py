@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .values import escape
+
 _LINE_EVERY_S = 10.0
 
 
 def say(line: str) -> None:
     """Prints exactly one line on stderr, whatever is in it."""
-    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
-    print(line, file=sys.stderr)
+    print(escape(line), file=sys.stderr)
+
+
+def print_line(line: str) -> None:
+    """Prints exactly one line on stdout, whatever is in it."""
+    print(show_name(escape(line)))
 
 
 def print_json(value: Any) -> None:

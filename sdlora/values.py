@@ -213,3 +213,8 @@ def parse_lora(text: str) -> LoraSpec:
             raise ConfigError(f"LoRA {text}: weight {weight!r} is no finite number; write FILE:WEIGHT, as {file}:0.8")
     numbers = [float(weight) for weight in weights] or [1.0]
     return LoraSpec(Path(file), numbers[0], numbers[-1])
+
+
+def escape(line: str) -> str:
+    """A line without what moves a terminal's cursor, colours or turns it: white space is a space, the rest spelt."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)

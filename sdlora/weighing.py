@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .flags import Parser, read_number, read_whole_number
 from .places import check_files, check_folder
 from .profiles import StackSpec, parse_stacked
-from .screen import Countdown, print_json, say, show_name, show_steps
+from .screen import Countdown, print_json, print_line, say, show_name, show_steps
 from .values import NUMBER
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ def run_balance(args: Namespace) -> int:
     if args.json:
         print_json(document)
     else:
-        print(show_name("\n".join(list_balance(document, found))))
+        for line in list_balance(document, found):
+            print_line(line)
     return 0
 
 

@@ -8,6 +8,7 @@ import time
 
 from tqdm import tqdm
 
+from ..values import escape
 from .metrics import SMOOTHING
 
 _LINE_EVERY_S = 10.0
@@ -16,7 +17,7 @@ _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaini
 
 def say(line: str) -> None:
     """Prints one line on stderr, above the bar where one is shown."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(escape(line), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -176,7 +176,8 @@ def test_check_is_silent_of_trouble_where_training_would_start(capsys, data, bas
     memory = report.pop("memory")  # tests/unit/test_memory.py holds its figures
     assert memory["total"] == max(memory["when"].values()) > memory["activations"] > 0
     assert report == {
-        "pictures": 2, "captions": 2, "problems": [], "truncated": [], "duplicates": [], "near_duplicates": [],
+        "pictures": 2, "captions": 2, "problems": [], "left_out": [], "truncated": [], "duplicates": [],
+        "near_duplicates": [],
         "buckets": {"64x64": 2}, "cut_away": {"3_more/b.png": 0.0857, "a.png": 0.0857}, "images_per_epoch": 4,
         "steps": 300, "epochs": 600.0, "masks": None, "class_pictures": None,
     }  # fmt: skip

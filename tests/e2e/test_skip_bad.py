@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 REASONS = {
     "cut.png": "cannot be decoded",
-    "page.jpg": "is not a picture, whatever its name says",
+    "page.jpg": "is a web page, not a picture",
     "silent.png": "has no caption",
     "latin.txt": "is not UTF-8 at byte 5",
     "metadata.jsonl line 1": "climbs out of the folder",
@@ -106,6 +106,26 @@ def test_masks_and_class_pictures_follow_it(tmp_path):
     assert len(found.left_out) == 3
     with pytest.raises(DataError, match="does not exist"):
         gather(folder, dataclasses.replace(recipe, masks=str(tmp_path / "no masks")))
+
+
+def test_names_reach_the_terminal_without_what_moves_it(tmp_path, capfd):
+    folder = make_folder(tmp_path / "data", 2)
+    name = "b\x1b[31m\u202egnp\u2066\nx\x9b1m"
+    shutil.copy(folder / "0.png", folder / f"{name}.png")
+    shown = "b\\x1b[31m\\u202egnp\\u2066 x\\x9b1m.png"
+    for command in (
+        ["check", str(folder)],
+        ["check", str(folder), "--skip-bad"],
+        ["train", str(folder), "--skip-bad", "--dry-run", "--out", str(tmp_path / "a.safetensors")],
+        ["train", str(folder), "--out", str(tmp_path / "a.safetensors")],
+    ):
+        main(command)
+        said = "".join(capfd.readouterr())
+        assert shown in said, command
+        assert not set(said) & set("\x1b\u202e\u2066\x9b"), command
+    train_adapter(folder, make_tiny_base(), SKIP, tmp_path / "b.safetensors")
+    said = capfd.readouterr().err
+    assert f"left out {shown}: has no caption\n" in said
 
 
 def test_check_and_dry_run_say_it(folder, tmp_path, capsys):
