@@ -78,6 +78,8 @@ class Parser(argparse.ArgumentParser):
             message = f"{missing[1]} is missing"
         elif extra := re.match(r"unrecognized arguments: (.*)", message):
             message = f"{extra[1]} is one argument too many; put quotes around text with spaces"
+        elif given := re.match(r"(.*): ignored explicit argument (.*)", message):
+            message = f"{given[1]} takes no value and was given {given[2]}; write the one of them that you mean, alone"
         elif "expected" in message and "argument" in message:
             message = message.replace(": expected one argument", " needs a value")
         raise ConfigError(f"{message}; see {self.prog} --help")

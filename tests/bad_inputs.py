@@ -694,7 +694,7 @@ def bad_flags() -> list[tuple[list[str], tuple[str, ...]]]:
         ("--resolution 100", ("resolution = 100 is out of range", "give a multiple of 8")),
         ("--seed -1", ("seed = -1 is out of range", "give a whole number from 0")),
         ("--seed 9223372036854775808", ("seed = 9223372036854775808 is out of range", "2^63 - 1")),
-        ("--flip=false", ("--flip/--no-flip", "'false'")),
+        ("--flip=false", ("--flip/--no-flip takes no value", "'false'", "alone")),
         ("--flip false", ("false is one argument too many",)),
         ("--no-dora=1", ("--dora/--no-dora", "'1'")),
         ("--precision int8", ('precision = "int8" is not known', "use fp32 or bf16 or fp16")),
