@@ -23,7 +23,10 @@ from sdlora.generating.model_card import escape
 from tests.stored_loras import make_lora
 from tests.tiny import save_tiny_pipeline
 
-CANARIES = ("canaryfolder", "canarypicture", "canarycaption", "canaryuser", "canaryhost", "canaryout", "canaryprompt")
+CANARIES = (
+    "canaryfolder", "canarypicture", "canarycaption", "canaryuser", "canaryhost", "canaryout", "canaryprompt",
+    "canarycache",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def run(*argv: object) -> int:
 
 
 def train(data: Path, base: Path, out: Path, *more: object) -> int:
-    flags = ["--steps", 2, "--batch-size", 1, "--rank", 2, "--precision", "fp32", "--device", "cpu", "--no-cache"]
+    flags = ["--steps", 2, "--batch-size", 1, "--rank", 2, "--precision", "fp32", "--device", "cpu"]
     return run("train", data, "--base", base, "--out", out, "--trigger", "ink style", *flags, *more)
 
 
@@ -68,6 +71,9 @@ def test_nothing_private_is_in_what_is_shared(base, tmp_path, monkeypatch, capsy
     for name, value in (("USER", "canaryuser"), ("LOGNAME", "canaryuser"), ("HOSTNAME", "canaryhost")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", str(tmp_path / "canaryuser"))
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path / "canarycache"))
+    monkeypatch.setattr("socket.gethostname", lambda: "canaryhost")
+    monkeypatch.setattr("platform.node", lambda: "canaryhost")
     data = make_data(tmp_path / "canaryuser" / "canaryfolder")
     out = tmp_path / "canaryuser" / "canaryout" / "ink.safetensors"
     assert train(data, base, out, "--preview", "canaryprompt", "--seed", 1) == 0
@@ -81,9 +87,19 @@ def test_nothing_private_is_in_what_is_shared(base, tmp_path, monkeypatch, capsy
         "both.safetensors", "diffusers.safetensors", "ink.json", "ink.md", "ink.preview.png", "kohya.safetensors",
         "peft.safetensors", "small.safetensors",
     ]  # fmt: skip
-    for path in shared:
+    draw = ["--base", base, "--steps", 1, "--device", "cpu", "--lora", out]
+    assert run("generate", "a cat, ink style", *draw, "--out", tmp_path / "canaryout") == 0
+    both = ["--lora", tmp_path / "shared" / "small.safetensors"]
+    assert run("grid", "a cat, ink style", *draw, *both, "--weights", "0,1", "--out", tmp_path / "grid.png") == 0
+    drawn = [tmp_path / "canaryout" / "00000.png", tmp_path / "grid.png", *out.with_suffix(".run").rglob("*-*.png")]
+    assert len(drawn) == 3  # a preview too
+    for path in [*shared, *drawn]:
+        content = path.read_bytes()
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                content += repr(picture.info).encode()
         for canary in (*CANARIES, str(tmp_path)):
-            assert canary.encode() not in path.read_bytes(), (path.name, canary)
+            assert canary.encode() not in content, (path.name, canary)
     assert "ink style" in metadata_of(out)["modelspec.trigger_phrase"]
 
     told = out.with_name("told.safetensors")
