@@ -52,8 +52,9 @@ def run(*argv: object) -> int:
     return cli.main([str(word) for word in argv])
 
 
-def train(data: Path, base: Path, out: Path, *more: object) -> int:
+def train(data: Path, base: Path, out: Path, *more: object, cached: bool = False) -> int:
     flags = ["--steps", 2, "--batch-size", 1, "--rank", 2, "--precision", "fp32", "--device", "cpu"]
+    flags += [] if cached else ["--no-cache"]
     return run("train", data, "--base", base, "--out", out, "--trigger", "ink style", *flags, *more)
 
 
@@ -76,7 +77,7 @@ def test_nothing_private_is_in_what_is_shared(base, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("platform.node", lambda: "canaryhost")
     data = make_data(tmp_path / "canaryuser" / "canaryfolder")
     out = tmp_path / "canaryuser" / "canaryout" / "ink.safetensors"
-    assert train(data, base, out, "--preview", "canaryprompt", "--seed", 1) == 0
+    assert train(data, base, out, "--preview", "canaryprompt", "--seed", 1, cached=True) == 0
     for to in ("kohya", "diffusers", "peft"):
         assert run("convert", out, "--to", to, "--out", tmp_path / "shared" / f"{to}.safetensors") == 0
     assert run("resize", out, "--rank", 1, "--out", tmp_path / "shared" / "small.safetensors") == 0
@@ -198,7 +199,7 @@ def test_what_convert_is_told_is_in_the_file_and_stays(tmp_path):
     [
         (("--date", "soon"), "--date soon is no date; write it as 2026-01-31"),
         (("--thumbnail", "gone.png"), "--thumbnail gone.png: there is no such file"),
-        (("--thumbnail", "a.safetensors"), "a.safetensors: is not a picture"),
+        (("--thumbnail", "a.safetensors"), "a.safetensors: is a safetensors file, not a picture"),
     ],
 )
 def test_what_convert_cannot_say_is_one_line(capsys, flags, says):
