@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-_HERE = ("write", "create", "sync", "sync folder", "rename", "link", "unlink", "mkdir", "rmdir")
-"""The kinds of calls."""
-
 
 @dataclass(frozen=True)
 class Call:
     """One call: what it does, to which path, and for a rename or link to which other, for a write with which bytes."""
 
     kind: str
+    """create, write, sync, sync folder, rename, link, unlink, mkdir or rmdir."""
     path: str
     target: str = ""
     content: bytes = b""
