@@ -91,6 +91,7 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     ".lora_magnitude_vector.default.weight": ("peft", "magnitude"),
     ".lora_mid.weight": ("kohya", "mid"),
     ".diff": ("kohya", "diff"),
+    ".scalar": ("kohya", "scalar"),
     **{f".{role}": ("kohya", role) for role in lycoris.ROLES if "_" in role},
 }
 """How the key of a module's tensor ends: the naming it belongs to, and the tensor's role."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def make_kind(path: str, found: Mapping[str, Any], alpha: float | None) -> Delta
     Without an alpha it is the rank. Raises: AdapterFileError where tensors are missing or of several kinds.
     """
     kernel = (3, 3) if path.rpartition(".")[2] in THREE_BY_THREE else ()
-    given = {role for role in found if role not in ("alpha", "magnitude")}
+    given = {role for role in found if role not in ("alpha", "magnitude", "scalar")}
     if any(role.startswith("hada_") for role in given):
         parts = _take(path, "LoHa", given, found, "hada_", ("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2"))
         if ("t1" in parts) != ("t2" in parts):
@@ -188,8 +188,26 @@ def make_kind(path: str, found: Mapping[str, Any], alpha: float | None) -> Delta
         parts = _take(path, "CP-decomposed LoCon", given, found, "", ("down", "mid", "up"), ())
         return CpLocon(**parts, alpha=float(parts["down"].shape[0]) if alpha is None else alpha)
     if "diff" in given:
+        given |= found.keys() & {"scalar"}  # a difference has none
         return Full(**_take(path, "full difference", given, found, "", ("diff",), ()))
     return None
+
+
+def multiply(delta: Any, number: float) -> Delta:
+    """The change times LyCORIS' `scalar`: its size goes into alpha and its sign into a factor, so no number is rounded.
+
+    Only a LoKr of two whole parts, which has no use for alpha, is rounded, to float32.
+    Source: LyCORIS, `use_scalar` of the modules locon, loha and lokr.
+    """
+    if isinstance(delta, Lokr):
+        field = "w1_a" if delta.w1 is None else "w1"
+    else:
+        field = "w1_a" if isinstance(delta, Loha) else "up"
+    factor: Tensor = getattr(delta, field)
+    if number == 0 or (isinstance(delta, Lokr) and not delta.rank):
+        return replace(delta, **{field: factor.float() * number})
+    turned = factor if number > 0 else (-factor.float()).to(factor.dtype)
+    return replace(delta, **{field: turned}, alpha=delta.alpha * abs(number))
 
 
 def check_kind(path: str, delta: Any) -> None:
@@ -299,4 +317,4 @@ def _shaped(delta: Any) -> list[tuple[str, Any]]:
     return [(role, value) for role, value in found if hasattr(value, "shape")]
 
 
-__all__ = ["KINDS", "ROLES", "CpLocon", "Full", "Loha", "Lokr", "check_kind", "make_kind", "name_kind"]
+__all__ = ["KINDS", "ROLES", "CpLocon", "Full", "Loha", "Lokr", "check_kind", "make_kind", "multiply", "name_kind"]

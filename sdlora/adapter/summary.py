@@ -18,7 +18,7 @@ AUTOV3_DIGITS = 12
 _KINDS = {"LowRank": "lora", "Dora": "dora", "Loha": "loha", "Lokr": "lokr", "CpLocon": "cp-locon", "Full": "full"}
 MOST_BYTES = 200_000_000
 """Of a larger file the hashes and the energy, which need every byte, are left out unless they are asked for."""
-_SCALES = (".alpha", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_SCALES = (".alpha", ".scalar", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 """How the keys end of what is no factor; it may have a dtype of its own."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
