@@ -15,6 +15,7 @@ from . import keys, lycoris
 from .card import Alphas
 from .delta import Delta, Dora, LowRank, shape_of
 from .header import FLOAT_DTYPES, Entry, printable
+from .vector import split_parameter
 
 Roles = Mapping[str, str]
 """Role of a tensor (`down`, `up`, `alpha`, `magnitude`, `scalar`, those of `lycoris.ROLES`) -> its key in the file."""
@@ -164,7 +165,7 @@ def name_tensors(deltas: Mapping[str, Delta], format: str, family: str) -> dict[
         if not keys.is_known(path, family):
             raise AdapterFileError(f"{path} has no name in a {family} file; only its UNet and text encoder have")
         inner = delta.inner if isinstance(delta, Dora) else delta
-        name = keys.write_name(path, format, family, single)
+        name = keys.write_name(split_parameter(path)[0], format, family, single)
         down, up = keys.WRITTEN_SUFFIXES[format]
         # clones: shared storage cannot be stored
         if isinstance(inner, LowRank):

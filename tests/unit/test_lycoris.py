@@ -286,16 +286,6 @@ def test_scalar_is_looked_at_where_the_factors_are_not(tmp_path):
         read_adapter(file, look=False)
 
 
-def test_biases_and_norms_are_named_and_left_out(tmp_path, capsys):
-    name = name_of(LINEAR)
-    more = {f"{name}.diff_b": rand(OUT), "lora_unet_down_blocks_0_resnets_0_norm1.w_norm": rand(OUT)}
-    adapter = read_adapter(save(tmp_path, LINEAR, loha(), more))
-    assert list(adapter.deltas) == [LINEAR]
-    error = capsys.readouterr().err
-    assert f"{name}.diff_b changes a bias and is left out" in error
-    assert "norm1.w_norm changes a norm and is left out" in error
-
-
 def test_embeddings_in_a_file_are_named_and_kept(tmp_path, capsys):
     more = {"bundle_emb.mio.string_to_param.*": rand(2, 16), "<s1>": rand(1, 16)}
     file = save(tmp_path, LINEAR, loha(), more)
