@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..disk import write_atomic
 from ..errors import AdapterFileError
@@ -19,6 +19,7 @@ from . import keys, lycoris
 from .delta import Adapter, Delta, Dora, shape_of
 from .header import Entry, parse_header, printable, read_header, replace_metadata
 from .pairs import check_entries, make_ready, name_tensors, read_delta
+from .vector import Vector
 
 WRITTEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,7 +46,8 @@ def write_adapter(
         raise AdapterFileError(f"{printable(path)} must end in .safetensors, or other tools will not open it")
     if not adapter.deltas:
         raise AdapterFileError(f"{printable(path)} would hold no module; nothing is written")
-    deltas = {p: make_ready(p, adapter.deltas[p], dtype) for p in sorted(adapter.deltas)}
+    kept = adapter.deltas if format == "kohya" else _leave_vectors(adapter.deltas, format, path)
+    deltas = {p: make_ready(p, kept[p], dtype) for p in sorted(kept)}
     doras = {p for p, d in deltas.items() if isinstance(d, Dora)}
     inner: dict[str, Any] = {p: d.inner if isinstance(d, Dora) else d for p, d in deltas.items()}
     sizes = {p: (d.rank, d.alpha) for p, d in inner.items() if hasattr(d, "rank")}
@@ -65,6 +67,25 @@ def write_adapter(
     metadata |= {cards.HASH_KEY: f"0x{digest}", "sshs_model_hash": digest}  # modelspec's name, and kohya's and A1111's
     content = replace_metadata(data, metadata)
     write_atomic(path, content, lambda written: _check_written(written, content, path))
+
+
+def _leave_vectors(deltas: Mapping[str, Delta], format: str, path: Path) -> dict[str, Delta]:
+    """Without the changes of biases and norms, which only kohya's names have room for.
+
+    Raises: AdapterFileError where nothing else is there.
+    """
+    kept = {p: delta for p, delta in deltas.items() if not isinstance(delta, Vector)}
+    left = sorted(deltas.keys() - kept.keys())
+    if not kept:
+        raise AdapterFileError(
+            f"{left[0]} is a change of a bias or norm, as all in it are; {format} has no names for them, use kohya"
+        )
+    if left:
+        _warn_on_stderr(
+            f"{printable(path)}: {format} files hold no changes of biases and norms; {len(left)} left out, "
+            f"{left[0]} for one"
+        )
+    return kept
 
 
 def _check_written(written: Path, content: bytes, path: Path) -> None:
@@ -95,11 +116,10 @@ def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_std
         raise AdapterFileError(f"{name} {_why_nothing_fits(entries)}")
     embeddings = [key for key in unknown if key.startswith(keys.EMBEDDING_PREFIXES)]
     unknown = [key for key in unknown if key not in embeddings]
-    for why, left in _sort_unknown(unknown, family).items():
-        for key in left[:5]:
-            warn(f"{name}: {printable(key)} {why} and is left out")
-        if len(left) > 5:
-            warn(f"{name}: {len(left) - 5} more such keys are left out")
+    for key in unknown[:5]:
+        warn(f"{name}: {printable(key)} belongs to no module of a {family} base and is left out")
+    if len(unknown) > 5:
+        warn(f"{name}: {len(unknown) - 5} more such keys are left out")
     if embeddings:
         warn(f"{name} also holds {_count(embeddings)}: kept when it is converted, not used")
     check_entries(modules, entries, name)
@@ -112,15 +132,6 @@ def read_adapter(path: str | Path, *, warn: Callable[[str], None] = _warn_on_std
         p: read_delta(p, roles, tensors, alphas, name, look=look) for p, roles in sorted(modules.items())
     }
     return Adapter(deltas, cards.read_card(metadata, said), {key: tensors[key] for key in embeddings})
-
-
-def _sort_unknown(unknown: list[str], family: str) -> dict[str, list[str]]:
-    """Keys that are not used, by why they are not."""
-    found: dict[str, list[str]] = {}
-    for key in unknown:
-        why = next((w for end, w in keys.LEFT_OUT.items() if key.endswith(end)), "")
-        found.setdefault(why or f"belongs to no module of a {family} base", []).append(key)
-    return found
 
 
 def _count(embeddings: Collection[str]) -> str:
@@ -158,12 +169,11 @@ def misfits(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     problems: list[str] = []
     for path, delta in adapter.deltas.items():
         try:
-            weight = keys.find_module(modules, path).weight
-        except (KeyError, AttributeError):
+            weight = keys.find_parameter(modules, path)
+        except KeyError:
             part = path.partition(".")[0]
             problems.append(f"{path} is not in the base" + ("" if part in modules else f" ({part} is not loaded)"))
             continue
-        assert isinstance(weight, Tensor)
         shape = shape_of(delta)
         whole = tuple(weight.shape)
         if shape != whole and (len(shape) != 2 or shape != (whole[0], weight[0].numel())):  # flat is as good

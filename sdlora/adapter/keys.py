@@ -1,18 +1,20 @@
 """Names of modules in LoRA files: kohya's, diffusers' and PEFT's for one canonical path.
 
 A canonical path is a part (`unet`, `text_encoder`) and the module's dotted name in diffusers or transformers;
-a CLIP text encoder's names keep `text_model.`, whichever way the installed transformers lays the model out.
+a CLIP text encoder's names keep `text_model.`, whichever way the installed transformers lays the model out. With
+`.bias` behind it, it is the bias of that module (`vector.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import lycoris, original, positional
+from .vector import OF_BIAS, bias_of, split_parameter
 
 FORMATS = ("kohya", "diffusers", "peft")
 
@@ -91,15 +93,10 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     ".lora_magnitude_vector.default.weight": ("peft", "magnitude"),
     ".lora_mid.weight": ("kohya", "mid"),
     ".diff": ("kohya", "diff"),
+    ".scalar": ("kohya", "scalar"),
     **{f".{role}": ("kohya", role) for role in lycoris.ROLES if "_" in role},
 }
 """How the key of a module's tensor ends: the naming it belongs to, and the tensor's role."""
-LEFT_OUT: dict[str, str] = {
-    ".diff_b": "changes a bias",
-    ".w_norm": "changes a norm",
-    ".b_norm": "changes a norm",
-}
-"""How keys end of what is named and left out, and what each would do."""
 EMBEDDING_PREFIXES = ("bundle_emb.", "<")
 """How the keys of textual-inversion embeddings begin that come with a LoRA; they are kept, and not used."""
 
@@ -165,6 +162,15 @@ def find_module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
     raise KeyError(path)
 
 
+def find_parameter(modules: Mapping[str, nn.Module], path: str) -> nn.Parameter:
+    """The weight or the bias that a canonical path means. Raises: KeyError where there is none."""
+    module, name = split_parameter(path)
+    found = getattr(find_module(modules, module), name, None)
+    if not isinstance(found, Tensor):
+        raise KeyError(path)
+    return cast(nn.Parameter, found)
+
+
 def split_words(name: str, words: frozenset[str]) -> str | None:
     """The dotted form of an underscored name, or None where it is not made of the words and numbers.
 
@@ -188,7 +194,7 @@ def split_words(name: str, words: frozenset[str]) -> str | None:
 
 def is_known(path: str, family: str = DEFAULT_FAMILY) -> bool:
     """Whether the grammar of the family can name the canonical path."""
-    part, _, name = path.partition(".")
+    part, _, name = split_parameter(path)[0].partition(".")
     grammar = GRAMMARS[family]
     words = grammar.words.get(part)
     if words is None or not name or not all(w in words or _is_index(w) for w in name.split(".")):
@@ -256,6 +262,8 @@ def read_key(key: str, family: str = DEFAULT_FAMILY) -> Role | None:
             else:
                 path = path_of_dotted(name, family)
                 naming = "peft" if name.startswith(PEFT_PREFIX) else "diffusers" if naming == "kohya" else naming
+            if path is not None and role in OF_BIAS:
+                path = bias_of(path)
             return None if path is None else Role(path, role, naming)
     return None
 

@@ -23,6 +23,7 @@ from .dropout import Dropout
 from .operators import CastCache, DoraLinear, LoraLinear, compute_dtype, row_norms
 from .quantised import count_parameters
 from .sites import LayerPlan, Site, Targets, find_sites
+from .vector import Vector
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -189,6 +190,11 @@ class LoraLayers:
         """
         mine = {layer.path: layer for layer in self.layers}
         pairs = {path: pair_of(delta) for path, delta in adapter.deltas.items()}
+        if vector := next((p for p, delta in sorted(adapter.deltas.items()) if isinstance(delta, Vector)), None):
+            raise AdapterFileError(
+                f"{name} cannot be continued: {vector} is a change of a bias or norm, which training does not learn; "
+                "merge it (--merge) and learn a LoRA on top"
+            )
         for path in sorted(mine.keys() ^ pairs.keys()):
             where = "is not in it" if path in mine else "is in it but is not adapted here"
             raise AdapterFileError(f"{name} cannot be continued: {path} {where}; use its own targets and blocks")

@@ -1,5 +1,7 @@
 """Changes that are no plain low-rank pair, as LyCORIS and kohya store them: LoHa, LoKr, CP-decomposed LoCon, full.
 
+`vector.py` has those of biases and norms.
+
 Each field is a tensor as the file has it, any float dtype; `kernel` is that of the convolution whose weight is changed,
 since most of these tensors are flat. Source: LyCORIS, the modules loha, lokr, locon and full, and their paper (Yeh et
 al. 2023, Navigating Text-To-Image Customization), section 3.
@@ -9,21 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from . import vector
 from .delta import Delta
+from .vector import Vector
 
 THREE_BY_THREE = ("conv", "conv1", "conv2", "conv_in", "conv_out")
 """How the paths of 3 x 3 convolutions end; what other modules change has a kernel of 1 x 1, or none."""
 ROLES = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "mid", "diff",
+    "mid", "diff", *vector.ROLES,
 )  # fmt: skip
 """What a tensor of these kinds is called in a file, but for `down`, `up`, `alpha` and `magnitude`."""
 
@@ -161,7 +165,7 @@ class Full(_Stored):
         return self.diff.float()
 
 
-KINDS = (Loha, Lokr, CpLocon, Full)
+KINDS = (Loha, Lokr, CpLocon, Full, Vector)
 
 
 def make_kind(path: str, found: Mapping[str, Any], alpha: float | None) -> Delta | None:
@@ -170,7 +174,7 @@ def make_kind(path: str, found: Mapping[str, Any], alpha: float | None) -> Delta
     Without an alpha it is the rank. Raises: AdapterFileError where tensors are missing or of several kinds.
     """
     kernel = (3, 3) if path.rpartition(".")[2] in THREE_BY_THREE else ()
-    given = {role for role in found if role not in ("alpha", "magnitude")}
+    given = {role for role in found if role not in ("alpha", "magnitude", "scalar")}
     if any(role.startswith("hada_") for role in given):
         parts = _take(path, "LoHa", given, found, "hada_", ("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2"))
         if ("t1" in parts) != ("t2" in parts):
@@ -187,9 +191,31 @@ def make_kind(path: str, found: Mapping[str, Any], alpha: float | None) -> Delta
     if "mid" in given:
         parts = _take(path, "CP-decomposed LoCon", given, found, "", ("down", "mid", "up"), ())
         return CpLocon(**parts, alpha=float(parts["down"].shape[0]) if alpha is None else alpha)
+    roles = set(vector.ROLES) | ({"diff"} if vector.is_norm(path) else set())
+    if role := min(given & roles, default=""):
+        (value,) = _take(path, f"change of a {path.rpartition('.')[2]}", given, found, "", (role,), ()).values()
+        return Vector(value, role)
     if "diff" in given:
+        given |= found.keys() & {"scalar"}  # a difference has none
         return Full(**_take(path, "full difference", given, found, "", ("diff",), ()))
     return None
+
+
+def multiply(delta: Any, number: float) -> Delta:
+    """The change times LyCORIS' `scalar`: its size goes into alpha and its sign into a factor, so no number is rounded.
+
+    Only a LoKr of two whole parts, which has no use for alpha, is rounded, to float32.
+    Source: LyCORIS, `use_scalar` of the modules locon, loha and lokr.
+    """
+    if isinstance(delta, Lokr):
+        field = "w1_a" if delta.w1 is None else "w1"
+    else:
+        field = "w1_a" if isinstance(delta, Loha) else "up"
+    factor: Tensor = getattr(delta, field)
+    if number == 0 or (isinstance(delta, Lokr) and not delta.rank):
+        return replace(delta, **{field: factor.float() * number})
+    turned = factor if number > 0 else (-factor.float()).to(factor.dtype)
+    return replace(delta, **{field: turned}, alpha=delta.alpha * abs(number))
 
 
 def check_kind(path: str, delta: Any) -> None:
@@ -205,6 +231,8 @@ def check_kind(path: str, delta: Any) -> None:
 
 def name_kind(delta: Any) -> str:
     """What people call a kind."""
+    if isinstance(delta, Vector):
+        return f"change of a {delta.kind}"
     return {Loha: "LoHa", Lokr: "LoKr", CpLocon: "CP-decomposed LoCon", Full: "full difference"}[type(delta)]
 
 
@@ -250,6 +278,7 @@ _FITS: dict[type, Any] = {
     Lokr: _fits_lokr,
     CpLocon: _fits_cp,
     Full: lambda d: d.diff.dim() in (2, 4),
+    Vector: lambda d: d.value.dim() == 1,
 }
 
 
@@ -295,8 +324,10 @@ def _unfolds(columns: int, kernel: tuple[int, ...]) -> bool:
 
 
 def _shaped(delta: Any) -> list[tuple[str, Any]]:
+    if isinstance(delta, Vector):
+        return list(delta.tensors().items())
     found = ((delta.role(f.name), getattr(delta, f.name)) for f in fields(delta))
     return [(role, value) for role, value in found if hasattr(value, "shape")]
 
 
-__all__ = ["KINDS", "ROLES", "CpLocon", "Full", "Loha", "Lokr", "check_kind", "make_kind", "name_kind"]
+__all__ = ["KINDS", "ROLES", "CpLocon", "Full", "Loha", "Lokr", "check_kind", "make_kind", "multiply", "name_kind"]

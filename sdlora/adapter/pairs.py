@@ -15,9 +15,10 @@ from . import keys, lycoris
 from .card import Alphas
 from .delta import Delta, Dora, LowRank, shape_of
 from .header import FLOAT_DTYPES, Entry, printable
+from .vector import split_parameter
 
 Roles = Mapping[str, str]
-"""Role of a tensor (`down`, `up`, `alpha`, `magnitude`, those of `lycoris.ROLES`) -> its key in the file."""
+"""Role of a tensor (`down`, `up`, `alpha`, `magnitude`, `scalar`, those of `lycoris.ROLES`) -> its key in the file."""
 
 
 def check_entries(modules: Mapping[str, Roles], entries: Mapping[str, Entry], name: str) -> None:
@@ -34,8 +35,9 @@ def check_entries(modules: Mapping[str, Roles], entries: Mapping[str, Entry], na
         for key in roles.values():
             if entries[key].dtype not in FLOAT_DTYPES:
                 raise AdapterFileError(f"{name}: {printable(key)} is {entries[key].dtype}; a factor must be a float")
-        if "alpha" in roles and math.prod(entries[roles["alpha"]].shape) != 1:
-            raise AdapterFileError(f"{name}: {printable(roles['alpha'])} must be a single number")
+        for role in roles.keys() & {"alpha", "scalar"}:
+            if math.prod(entries[roles[role]].shape) != 1:
+                raise AdapterFileError(f"{name}: {printable(roles[role])} must be a single number")
         try:
             if other:
                 stand_ins = {role: torch.empty(entries[key].shape, device="meta") for role, key in roles.items()}
@@ -98,6 +100,11 @@ def read_delta(
     if delta is None:
         down, up = tensors[roles["down"]], tensors[roles["up"]]
         delta = LowRank(down, up, float(down.shape[0]) if alpha is None else alpha)
+    if "scalar" in roles:
+        number = float(tensors[roles["scalar"]].item())
+        if not math.isfinite(number):
+            raise AdapterFileError(f"{name}: {printable(roles['scalar'])} is {number}; train it again")
+        delta = lycoris.multiply(delta, number)
     if "magnitude" not in roles:
         return delta
     magnitude = tensors[roles["magnitude"]]
@@ -158,7 +165,7 @@ def name_tensors(deltas: Mapping[str, Delta], format: str, family: str) -> dict[
         if not keys.is_known(path, family):
             raise AdapterFileError(f"{path} has no name in a {family} file; only its UNet and text encoder have")
         inner = delta.inner if isinstance(delta, Dora) else delta
-        name = keys.write_name(path, format, family, single)
+        name = keys.write_name(split_parameter(path)[0], format, family, single)
         down, up = keys.WRITTEN_SUFFIXES[format]
         # clones: shared storage cannot be stored
         if isinstance(inner, LowRank):

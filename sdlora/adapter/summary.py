@@ -13,12 +13,13 @@ from .file import file_sha256, read_adapter
 from .header import printable, read_header
 from .lycoris import KINDS
 from .positional import read_positional
+from .vector import Vector, split_parameter
 
 AUTOV3_DIGITS = 12
 _KINDS = {"LowRank": "lora", "Dora": "dora", "Loha": "loha", "Lokr": "lokr", "CpLocon": "cp-locon", "Full": "full"}
 MOST_BYTES = 200_000_000
 """Of a larger file the hashes and the energy, which need every byte, are left out unless they are asked for."""
-_SCALES = (".alpha", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_SCALES = (".alpha", ".scalar", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 """How the keys end of what is no factor; it may have a dtype of its own."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
@@ -48,12 +49,12 @@ def summarize(path: Path, full: bool = False) -> dict[str, Any]:
     for name, delta in adapter.deltas.items() if whole else ():
         block = block_of(name)
         energy[block] = energy.get(block, 0.0) + energy_of(delta.inner if isinstance(delta, Dora) else delta)
-    parts = Counter(name.partition(".")[0] for name in adapter.deltas)
+    parts = Counter(name.partition(".")[0] for name in {split_parameter(path)[0] for path in adapter.deltas})
     return {
         "file": str(path),
         "format": naming_of(entries),
         "family": adapter.card.family or None,
-        "kinds": sorted({_KINDS[type(d).__name__] for delta in adapter.deltas.values() for d in _layers(delta)}),
+        "kinds": sorted({_name_kind(d) for delta in adapter.deltas.values() for d in _layers(delta)}),
         "modules": {part: parts.get(part, 0) for part in ("unet", "text_encoder", "text_encoder_2")},
         "ranks": count_values(d.rank for d in inner if hasattr(d, "rank")),
         "alphas": count_values(d.alpha for d in inner if hasattr(d, "alpha")),
@@ -86,6 +87,10 @@ def count_parameters(delta: Delta) -> int:
     if isinstance(delta, LowRank):
         return delta.down.numel() + delta.up.numel()
     return sum(tensor.numel() for tensor in delta.tensors().values()) if isinstance(delta, KINDS) else 0
+
+
+def _name_kind(delta: Delta) -> str:
+    return delta.kind if isinstance(delta, Vector) else _KINDS[type(delta).__name__]
 
 
 def _layers(delta: Delta) -> list[Delta]:

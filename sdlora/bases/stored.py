@@ -27,7 +27,7 @@ class Place:
     key: str
     form: Form
     shape: tuple[int, ...]
-    """The module's own: [out, in], [out, in, kh, kw], or [out] of a norm."""
+    """The module's own: [out, in], [out, in, kh, kw], or [out] of a norm or a bias."""
     dtype: str
     """As the file names it: `F16`."""
 
@@ -49,7 +49,7 @@ class StoredBase:
     files: tuple[Path, ...]
     """The files of weights."""
     places: Mapping[str, Place]
-    """By canonical path of a UNet's or text encoder's module with a weight."""
+    """By canonical path of a UNet's or text encoder's module with a weight, and of its bias (`adapter.vector`)."""
 
     @property
     def is_file(self) -> bool:
@@ -71,7 +71,7 @@ def find_stored(name: str) -> StoredBase:
     for part in parts:
         for file in shards[part]:
             for key, entry in WeightsFile(file).entries.items():
-                if key.endswith(".weight"):
+                if key.endswith((".weight", ".bias")):
                     path = canonical_path(part, key.removesuffix(".weight"))
                     places[path] = Place(file, key, "same", entry.shape, entry.dtype)
     return StoredBase(source, public_name, family, tuple(f for files in shards.values() for f in files), places)
@@ -85,7 +85,7 @@ def _find_in_file(source: Path, name: str) -> StoredBase:
             continue
         for own, tensor in part.module.state_dict().items():
             slot = part.slots[own]
-            if own.endswith(".weight"):
+            if own.endswith((".weight", ".bias")):
                 path = canonical_path(part.name, own.removesuffix(".weight"))
                 entry = checkpoint.entries[slot.key]
                 places[path] = Place(source, slot.key, slot.form, tuple(tensor.shape), entry.dtype)

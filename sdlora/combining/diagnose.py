@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapter.delta import Dora
 from ..adapter.truncation import name_block
+from ..adapter.vector import Vector
 from ..errors import AdapterFileError
 from .layer import Factors, factorize
 from .plan import Member
@@ -178,6 +179,8 @@ def _read_spaces(member: Member) -> dict[str, Space]:
             raise AdapterFileError(
                 f"{member.name}: {path} is a DoRA, whose change depends on its base; give a plain LoRA"
             )
+        if isinstance(delta, Vector):  # a bias or a norm: no space that another could share
+            continue
         space = Space.of(factorize(delta), weight) if weight else None
         if space is not None and space.rank:
             found[path] = space

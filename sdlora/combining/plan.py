@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter import keys
 from ..adapter.delta import Adapter, Delta, Dora, shape_of, weight_on
+from ..adapter.vector import Vector, split_parameter
 from ..bases.family import Base
 from ..errors import AdapterFileError, ConfigError
 from ..profiles import Profile
@@ -22,7 +23,7 @@ from .layer import Layer, factorize
 from .methods import make_method
 from .methods.linear import Linear
 from .methods.method import DenseFilling, Filling, Method, Moment
-from .running import Score, running
+from .running import Score, Shift, running
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Plan:
 
     A plan that is static, whose ΔW is the same at every step, is merged into the base once. One that is not is hooked
     to the UNet; its text encoder's part is the weighted sum, since the text is encoded once. The negative prompt's
-    branch has the same plan. The sum's order is fixed by the adapters' contents, so for `linear` the order in which
+    branch has the same plan. Changes of biases and norms have no ranks for a method to mix: each is added with its
+    weight, whatever the method. The sum's order is fixed by the adapters' contents, so for `linear` the order in which
     they are given changes no bit.
     """
 
@@ -135,7 +137,7 @@ class Plan:
 
     @property
     def paths(self) -> list[str]:
-        """The module paths on which something acts, sorted."""
+        """The paths on which something acts, sorted: of modules, and of biases (`adapter.vector`)."""
         return sorted({path for m in self.members for path in m.adapter.deltas if m.weight_of(path) != 0})
 
     @property
@@ -149,8 +151,12 @@ class Plan:
         parts = tuple(factorize(_move(m.adapter.deltas[path], device), base) for m in acting)
         return Layer(path, parts, tuple(m.place for m in acting))
 
+    def is_vector(self, path: str) -> bool:
+        """Whether a path is that of a bias or of a norm's weight."""
+        return any(isinstance(m.adapter.deltas.get(path), Vector) for m in self.members)
+
     def delta(self, path: str, device: torch.device | None = None, base: Tensor | None = None) -> Tensor:
-        """ΔW of one module of a static plan, float32; the sum is taken in float64 and rounded once.
+        """ΔW of one path of a static plan, float32; the sum is taken in float64 and rounded once.
 
         `base` is the module's weight in float32, which a DoRA needs: its part is weight · (DoRA(W) - W).
         Raises: AdapterFileError where a DoRA acts and no `base` is given.
@@ -158,7 +164,7 @@ class Plan:
         acting = [m for m in self.members if path in m.adapter.deltas and m.weight_of(path) != 0]
         if not acting:
             raise KeyError(path)
-        if not isinstance(self._still, Linear):
+        if not isinstance(self._still, Linear) and not self.is_vector(path):
             return self._filled(path, device, base)
         total: Tensor | None = None
         for member in acting:
@@ -212,15 +218,22 @@ class Plan:
         """What a moving plan needs on the base's UNet."""
         layers: dict[str, Layer] = {}
         modules: dict[str, nn.Module] = {}
+        shifts: dict[str, list[Shift]] = {}
         for path in self.paths:
-            module: Any = find_module(base, path) if path.startswith("unet.") else None
-            if module is not None:
-                modules[path] = module
-                layers[path] = self.layer(path, base.device, module.weight.float())
+            weight = find_parameter(base, path) if path.startswith("unet.") else None
+            if weight is None:
+                continue
+            name, parameter = split_parameter(path)
+            modules[name] = keys.find_module(base.modules, name)
+            if self.is_vector(path):
+                shifts.setdefault(name, []).append(Shift(path, parameter, self._values(path, base.device)))
+            else:
+                layers[path] = self.layer(path, base.device, weight.float())
         members = self.by_place
         masks = {place: m.mask.float() for place, m in members.items() if m.mask is not None}
         return Score(
             layers=layers,
+            shifts=shifts,
             modules=modules,
             method=self.method,
             filling=cast(Filling, self.method.prepare(layers.values())),
@@ -229,6 +242,11 @@ class Plan:
             places=tuple(range(len(members))),
             masks=masks,
         )
+
+    def _values(self, path: str, device: torch.device) -> dict[int, Tensor]:
+        """By place, float32: what each adapter that acts adds to a bias or a norm's weight."""
+        acting = [m for m in self.members if path in m.adapter.deltas and m.weight_of(path) != 0]
+        return {m.place: m.adapter.deltas[path].weight().to(device) for m in acting}
 
     def merge_into(self, base: Base) -> None:
         """Makes the base's weights W + ΔW for good, as `applied` does for a while; keeps no pristine weight.
@@ -247,10 +265,9 @@ class Plan:
         self.check(base)
         with torch.no_grad():
             for path in self.paths:
-                module = find_module(base, path)
-                if module is None or not (self.is_static or path.startswith("text_encoder")):
+                weight = find_parameter(base, path)
+                if weight is None or not (self.is_static or path.startswith("text_encoder")):
                     continue
-                weight: Any = module.weight
                 pristine = weight.float()
                 delta = self.delta(path, base.device, pristine)
                 if not delta.any():
@@ -273,17 +290,25 @@ def find_module(base: Base, path: str) -> nn.Module | None:
     return module if isinstance(getattr(module, "weight", None), Tensor) else None
 
 
+def find_parameter(base: Base, path: str) -> nn.Parameter | None:
+    """The base's weight or bias at an adapter's path, or None where the base has none."""
+    try:
+        return keys.find_parameter(base.modules, path)
+    except KeyError:
+        return None
+
+
 def _check_member(member: Member, base: Base) -> list[str]:
     card, name = member.adapter.card, member.name
     made_for = f" (made for {card.base or card.family})" if card.base or card.family else ""
     missing: list[str] = []
     acting = [path for path in sorted(member.adapter.deltas) if member.weight_of(path) != 0]
     for path in acting:
-        module: Any = find_module(base, path)
-        if module is None:
+        weight = find_parameter(base, path)
+        if weight is None:
             missing.append(path)
             continue
-        there, wanted = tuple(module.weight.shape), shape_of(member.adapter.deltas[path])
+        there, wanted = tuple(weight.shape), shape_of(member.adapter.deltas[path])
         if there != wanted:
             raise AdapterFileError(
                 f"{name}: a LoRA for another base{made_for}: {path} is {_by(wanted)} in the file and {_by(there)} "

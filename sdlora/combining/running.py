@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,27 @@ _TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
 """What the names of the layers end with that see the text's tokens, not the picture's."""
 
 
+_NO_MOMENT = "a plan that moves was asked for no moment; sample with the base that it gives"
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What is added to one parameter of a module that is a vector: `weight` (a norm's) or `bias`."""
+
+    path: str
+    parameter: str
+    values: Mapping[int, Tensor]
+    """By the adapter's place, float32 [n]."""
+
+
 @dataclass(frozen=True)
 class Score:
     """All that a moving plan needs on a base's UNet."""
 
     layers: Mapping[str, Layer]
     """By module path; each has its module in `modules`."""
+    shifts: Mapping[str, Sequence[Shift]]
+    """By module path too: changes of its bias and, of a norm, its weight."""
     modules: Mapping[str, nn.Module]
     method: Method
     filling: Filling
@@ -63,7 +78,10 @@ class Running:
 
     def __enter__(self) -> Base:
         for path, module in self._score.modules.items():
-            self._replace(module, self._hook(path, module))
+            if path in self._score.layers:
+                self._replace(module, self._hook(path, module))
+            if path in self._score.shifts:
+                self._replace(module, self._shift_hook(self._score.shifts[path], module))
         for name, module in self._blended():
             self._replace(module, self._blend_hook(name, module))
         return self.base
@@ -124,10 +142,42 @@ class Running:
 
         return forward
 
+    def _shift_hook(self, shifts: Sequence[Shift], module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The module's output with its bias, or its norm's weight and bias, changed where and as the adapters act."""
+        before = module.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y: Tensor = before(x, *args, **kwargs)
+            for shift in shifts:
+                total = self._added(shift, module, y)
+                if total is not None:
+                    y = y + (total if shift.parameter == "bias" else total * _normalize(module, x)).to(y.dtype)
+            return y
+
+        return forward
+
+    def _added(self, shift: Shift, module: nn.Module, y: Tensor) -> Tensor | None:
+        """Σ of the vectors times the adapters' weights at this moment and place, in a shape that fits the output y."""
+        if self._moment is None:
+            raise RuntimeError(_NO_MOMENT)
+        planes = isinstance(module, nn.Conv2d | nn.GroupNorm)
+        total: Tensor | None = None
+        for place, value in shift.values.items():
+            gain = self._gain(shift.path, place)
+            if not gain:
+                continue
+            term = gain * (value.view(-1, *[1] * (y.dim() - 2)) if planes else value)
+            if place in self._score.masks:
+                h, w = (y.shape[2], y.shape[3]) if y.dim() == 4 else self._grid(y.shape[1] if y.dim() == 3 else 1)
+                area = self._mask(place, h, w, y).float()
+                term = term * (area.view(h, w) if y.dim() == 4 else area[:, None])
+            total = term if total is None else total + term
+        return total
+
     def _factors(self, path: str) -> tuple[Tensor, Tensor] | None:
         """A and B · M of a layer at this moment and in this pass, or None where nothing acts."""
         if self._moment is None:
-            raise RuntimeError("a plan that moves was asked for no moment; sample with the base that it gives")
+            raise RuntimeError(_NO_MOMENT)
         key = (path, self._blend, self._pass)
         if key not in self._ready:
             self._ready[key] = self._fill(path)
@@ -219,6 +269,15 @@ class Running:
             return call(*args, **kwargs)
         finally:
             self._blend = outer
+
+
+def _normalize(module: nn.Module, x: Tensor) -> Tensor:
+    """What a norm multiplies by its weight, float32."""
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x.float(), module.num_groups, eps=module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x.float(), module.normalized_shape, eps=module.eps)
+    raise TypeError(f"{type(module).__name__} is no norm whose weight is known to be changed")
 
 
 class _Conducted:

@@ -7,6 +7,7 @@ from typing import cast
 
 from ..adapter.delta import Adapter, Card, Delta, Dora, shape_of
 from ..adapter.truncation import Cost, Keep, make_pair, truncate_dense, truncate_factors
+from ..adapter.vector import Vector
 from ..errors import AdapterFileError, ConfigError
 from .methods import describe_method
 from .methods.method import DenseFilling, Filling, Method
@@ -71,6 +72,11 @@ def _combine_module(
             raise AdapterFileError(
                 f"{member.name}: {path} is Dora, which has no exact sum of ranks without its base; leave that file out"
             )
+    if isinstance(vector := acting[0].adapter.deltas[path], Vector):
+        total = plan.delta(path)
+        if cost is not None:
+            cost.add(path, 0.0, float(total.double().square().sum()))
+        return Vector(total, vector.role)
     layer = plan.layer(path)
     gains = [members[place].weight_of(path) for place in layer.places]
     (shape,) = shapes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Adapter, Delta, LowRank, pair_of
+from ..adapter.vector import Vector
 from ..bases.family import Base
 from ..bases.prompts import encode_prompts
 from ..bases.sampling import make_noise, make_scheduler, solve
@@ -125,7 +126,8 @@ class _Masks:
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._masks: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._base = base
-        paths = [p for p in {**style.adapter.deltas, **subject.adapter.deltas} if p.startswith("unet.")]
+        deltas = {**style.adapter.deltas, **subject.adapter.deltas}  # biases and norms have no columns to mask
+        paths = [p for p, delta in deltas.items() if p.startswith("unet.") and not isinstance(delta, Vector)]
         for path in sorted(paths):
             module = find_module(base, path)
             acting = [m for m in self._members if path in m.adapter.deltas and m.weight_of(path) != 0]

@@ -220,14 +220,70 @@ def test_what_is_no_whole_kind_is_one_line(tmp_path, tensors, says):
         read_adapter(save(tmp_path, LINEAR, tensors))
 
 
-def test_biases_and_norms_are_named_and_left_out(tmp_path, capsys):
-    name = name_of(LINEAR)
-    more = {f"{name}.diff_b": rand(OUT), "lora_unet_down_blocks_0_resnets_0_norm1.w_norm": rand(OUT)}
-    adapter = read_adapter(save(tmp_path, LINEAR, loha(), more))
-    assert list(adapter.deltas) == [LINEAR]
-    error = capsys.readouterr().err
-    assert f"{name}.diff_b changes a bias and is left out" in error
-    assert "norm1.w_norm changes a norm and is left out" in error
+SCALED = {
+    "lora": (LINEAR, {"lora_down.weight": rand(2, IN), "lora_up.weight": rand(OUT, 2)}),
+    "locon": (CONV, {"lora_down.weight": rand(2, IN, 3, 3), "lora_up.weight": rand(OUT, 2, 1, 1)}),
+    "cp": (CONV, CP),
+    "loha": (LINEAR, loha()),
+    "tucker loha": (CONV, loha(tucker=True)),
+    "lokr": (LINEAR, LOKR),
+    "lokr of two pairs": (
+        LINEAR,
+        {"lokr_w1_a": rand(2, 2), "lokr_w1_b": rand(2, 4), "lokr_w2_a": rand(3, 2), "lokr_w2_b": rand(2, 2)},
+    ),
+    "whole lokr": (LINEAR, {"lokr_w1": rand(2, 4), "lokr_w2": rand(3, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("number", [0.3, -1.7, 0.0])
+@pytest.mark.parametrize("kind", SCALED)
+def test_scalar_multiplies_the_change_and_survives_writing(tmp_path, kind, number, dtype):
+    """LyCORIS' `use_scalar`: ΔW of the same file without it, times the number; written again it is in the factors."""
+    path, tensors = SCALED[kind]
+    tensors = {k: v.to(dtype) for k, v in tensors.items()} | {"alpha": torch.tensor(1.5)}
+    plain = read_adapter(save(tmp_path, path, tensors)).deltas[path].weight()
+    file = save(tmp_path, path, tensors | {"scalar": torch.tensor(number)})
+    found = read_adapter(file).deltas[path].weight()
+    torch.testing.assert_close(found, torch.tensor(number) * plain, rtol=1e-6, atol=1e-6)
+    again = tmp_path / "b.safetensors"
+    assert main(["convert", str(file), "--to", "kohya", "--out", str(again)]) == 0
+    torch.testing.assert_close(read_adapter(again).deltas[path].weight(), found, rtol=1e-6, atol=1e-6)
+    stored = {k.partition(".")[2]: v for k, v in safetensors.torch.load_file(again).items()}
+    assert "scalar" not in stored  # which other tools do not know
+    whole = kind == "whole lokr"
+    if number > 0 and not whole:
+        assert all(torch.equal(stored[k], v) for k, v in tensors.items() if k != "alpha")
+        assert float(stored["alpha"]) == pytest.approx(1.5 * number)
+
+
+def test_scalar_acts_before_the_lengths_of_a_dora(tmp_path):
+    parts, base, lengths = loha(), rand(OUT, IN, seed=77), rand(OUT, 1).abs()
+    more = {"dora_scale": lengths, "scalar": torch.tensor(0.25)}
+    delta = read_adapter(save(tmp_path, LINEAR, parts | more)).deltas[LINEAR]
+    turned = base + 0.25 * (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    expected = lengths * turned / turned.norm(dim=1, keepdim=True) - base
+    torch.testing.assert_close(weight_on(delta, base), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (loha() | {"scalar": torch.ones(2)}, "scalar must be a single number"),
+        (loha() | {"scalar": torch.tensor(float("inf"))}, "scalar holds NaN or infinity"),
+        ({"diff": rand(OUT, IN), "scalar": torch.tensor(1.0)}, "a.safetensors: .* and has scalar too"),
+        ({"scalar": torch.tensor(1.0)}, "scalar but no (up|down) factor"),
+    ],
+)
+def test_what_is_no_scalar_is_one_line(tmp_path, tensors, says):
+    with pytest.raises(AdapterFileError, match=says):
+        read_adapter(save(tmp_path, LINEAR, tensors))
+
+
+def test_scalar_is_looked_at_where_the_factors_are_not(tmp_path):
+    file = save(tmp_path, LINEAR, loha() | {"scalar": torch.tensor(float("nan"))})
+    with pytest.raises(AdapterFileError, match="scalar is nan"):
+        read_adapter(file, look=False)
 
 
 def test_embeddings_in_a_file_are_named_and_kept(tmp_path, capsys):
