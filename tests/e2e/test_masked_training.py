@@ -135,7 +135,7 @@ def test_what_is_wrong_with_masks_is_one_line_everywhere_and_writes_nothing(tmp_
         captured = capsys.readouterr()
         assert captured.err == (
             f"error: {data}: 2.png: has no mask in {masks} (1 of 3 pictures without) "
-            "(put a grey picture of its name there)\n"
+            "(put a grey picture of its name there); or go on without them with skip_bad = true (--skip-bad)\n"
         )
         assert captured.out == ""
     assert main(["check", str(data), *flags, "--json"]) == 2
