@@ -196,7 +196,7 @@ def test_sigterm_to_any_process_stops_all_after_the_same_step(place, tmp_path):
         assert processes[0].is_alive()
     os.kill(processes[1].pid, signal.SIGTERM)  # as a launcher, or a cluster that wants its machine back
     ended = finish(tmp_path / "printed", processes)
-    assert [e.code for e in ended] == [130, 130], ended[0].err
+    assert [e.code for e in ended] == [130, 143], ended[0].err  # the other one got no signal of its own
     done = len(rows(out))
     assert lines(ended[0].err)[-1].startswith(f"stopped after step {done} of 100000, state saved in")
     assert ended[1].err == ""
