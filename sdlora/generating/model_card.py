@@ -66,6 +66,10 @@ def _front_matter(family: str, trigger: str, base: str) -> list[str]:
     return ["\n".join([*lines, "license: other", "---"])]
 
 
+_DENSE = {"loha", "lokr", "cp-locon", "full"}
+"""Kinds, as `inspect` names them, of which diffusers refuses the whole file."""
+
+
 def describe_use(name: str, summary: Mapping[str, Any]) -> list[str]:
     """A paragraph for each interface that opens the file as it is, and a line for those that do not."""
     family, format, kinds = summary["family"], summary["format"], summary["kinds"]
@@ -80,13 +84,19 @@ def describe_use(name: str, summary: Mapping[str, Any]) -> list[str]:
         words = f", and `{_code(trigger)}` in the prompt" if trigger else ""
         texts.append(f"**ComfyUI**: put the file into `models/loras` and choose it in a *Load LoRA* node{words}.")
         if "dora" in kinds:
-            texts.append("**A1111, Forge**: A1111 leaves out what makes a LoRA a DoRA, so use another tool.")
+            texts.append("**A1111, Forge**: A1111 takes a DoRA's lengths for those of its inputs, so use another tool.")
         else:
             line = f"<lora:{printable(name, 200)}:1> {prompt}"
             texts.append(f"**A1111, Forge**: put the file into `models/Lora` and write\n\n{_fence(line)}")
     else:
         texts.append(f"**ComfyUI, A1111, Forge** need other names: `sdlora convert {_code(file)} --to kohya --out …`.")
-    if format == "peft" or (format == "kohya" and "dora" in kinds):
+    if dense := sorted(_DENSE & set(kinds)):
+        smaller = f"sdlora resize {_code(file)} --rank 32 --format diffusers --out …"
+        texts.append(f"**diffusers** opens no {' or '.join(dense)} file; as plain LoRA, nearly the same: `{smaller}`.")
+    elif {"bias", "norm"} & set(kinds):
+        without = f"sdlora convert {_code(file)} --to diffusers --out …"
+        texts.append(f"**diffusers** opens no changes of biases and norms; without them: `{without}`.")
+    elif format == "peft" or (format == "kohya" and "dora" in kinds):
         why = "opens no PEFT names" if format == "peft" else "leaves out a DoRA's lengths under these names"
         texts.append(f"**diffusers** {why}: `sdlora convert {_code(file)} --to diffusers --out …`.")
     else:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from sdlora import cli
 from sdlora.adapter.delta import Adapter, Card, Dora
 from sdlora.adapter.file import read_adapter, write_adapter
+from sdlora.adapter.lycoris import Full
+from sdlora.adapter.vector import Vector
 from sdlora.generating.model_card import escape
 from tests.stored_loras import make_lora
 from tests.tiny import save_tiny_pipeline
@@ -334,17 +336,27 @@ def test_a_page_tells_of_each_format_and_kind_only_what_works(tmp_path):
     write_adapter(dora, "d.safetensors")
     write_adapter(Adapter(lora.deltas, Card("sd1", "some-model")), "p.safetensors", "peft")
     write_adapter(lora, "m.safetensors")
+    other, path = Card("sd1", "some-model"), next(iter(lora.deltas))
+    write_adapter(Adapter({**lora.deltas, path: Full(lora.deltas[path].weight())}, other), "f.safetensors")
+    write_adapter(
+        Adapter({**lora.deltas, "unet.conv_out.bias": Vector(torch.ones(4), "diff_b")}, other), "b.safetensors"
+    )
     pages = {}
-    for name in ("d", "p", "m"):
+    for name in ("d", "p", "m", "f", "b"):
         assert run("card", f"{name}.safetensors", "--out", "pages") == 0
         pages[name] = Path(f"pages/{name}.md").read_text()
-    assert "A1111 leaves out what makes a LoRA a DoRA" in pages["d"]
+    assert "A1111 takes a DoRA's lengths for those of its inputs" in pages["d"]
     assert "`sdlora convert d.safetensors --to diffusers --out …`" in pages["d"]
     assert "opens no PEFT names: `sdlora convert p.safetensors --to diffusers --out …`" in pages["p"]
     assert 'base_model: "owner/two"' in pages["d"]
     assert "<lora:" not in pages["p"]
     assert "`sdlora convert p.safetensors --to kohya --out …`" in pages["p"]
     assert "base_model" not in pages["p"]
+    assert "opens no full file; as plain LoRA, nearly the same: `sdlora resize f.safetensors --rank 32" in pages["f"]
+    assert "without them: `sdlora convert b.safetensors --to diffusers --out …`" in pages["b"]
+    assert not any("load_lora_weights" in pages[name] for name in "dpfb")
+    for command in ("resize f.safetensors --rank 32 --format diffusers", "convert b.safetensors --to diffusers"):
+        assert run(*command.split(), "--out", "again.safetensors") == 0  # what the page says to do works
     assert "Other tools have no such base" in pages["m"]
     assert not list(Path("pages").glob("*.png"))
 

@@ -77,3 +77,16 @@ def test_every_test_that_the_page_of_formats_names_is_there():
     assert not re.search(r"\|\s*\?\s*\|", text), "a cell of the page of formats says nothing"
     for file, name in links:
         assert name in list_tests(ROOT / file), f"{file} has no {name}"
+
+
+def test_every_cell_of_the_page_of_formats_is_tried_or_names_its_source():
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    notes = set(re.findall(r"^- (\[\d\]) ", text, re.M))
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 17
+    for what, ours, *theirs in rows:
+        assert "](../tests/" in ours, what
+        assert len(theirs) == 3, what
+        for cell in theirs:
+            assert "](../tests/" in cell or set(re.findall(r"\[\d\]", cell)) & notes, f"{what}: {cell}"
+    assert re.search(r"^- \[2\] .*`extensions-builtin/Lora/.*\([0-9a-f]{7}", text, re.M)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+import sdlora
 from sdlora.adapter.delta import Adapter, Card, LowRank
 from sdlora.adapter.file import check_fit, read_adapter, write_adapter
 from sdlora.adapter.keys import find_parameter
@@ -15,16 +17,17 @@ from sdlora.adapter.resizing import resize
 from sdlora.adapter.summary import summarize
 from sdlora.adapter.truncation import Cost, Keep
 from sdlora.adapter.vector import Vector
-from sdlora.bases.stored import find_stored
+from sdlora.bases.stored import Reader, find_stored
 from sdlora.cli import main
 from sdlora.combining.baking import bake
 from sdlora.combining.diagnose import diagnose
 from sdlora.combining.methods import METHODS
 from sdlora.combining.plan import Member, Plan
 from sdlora.combining.stack import combine
+from sdlora.combining.ziplora import zip_loras
 from sdlora.errors import AdapterFileError
 from sdlora.profiles import BlockWeights, Profile, Schedule
-from tests.single_files import write_tiny_file
+from tests.single_files import make_pipeline, write_tiny_file
 from tests.tiny import make_tiny_base
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -200,6 +203,13 @@ def test_inspect_counts_modules_numbers_and_energy(tmp_path, base):
     assert found["energy"]["unet.mid_block"] == pytest.approx(float(adapter.deltas[path].weight().square().sum()))
 
 
+@pytest.mark.parametrize(("role", "kind"), [("b_norm", "norm"), ("w_norm", "norm"), ("diff_b", "bias")])
+def test_inspect_tells_biases_from_norms(tmp_path, role, kind):
+    file = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({f"lora_unet_down_blocks_0_resnets_0_norm1.{role}": torch.ones(4)}, file)
+    assert summarize(file)["kinds"] == [kind]
+
+
 # --- plans --------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +223,19 @@ def test_a_static_stack_equals_the_base_changed_by_hand_and_leaves_it_as_it_was(
     assert float((found - plain).abs().max()) > 0.1
     assert bytes_of(base) == before
     assert torch.equal(predict(base), plain)
+
+
+def test_pictures_are_those_of_the_base_changed_by_hand(base):
+    adapter = make_vectors(base, 1)
+    (plain,) = sdlora.generate(base, "a cat", seed=1, steps=3)
+    (found,) = sdlora.generate(base, "a cat", adapters=[(adapter, 0.8, 0.3)], seed=1, steps=3)
+    changed = make_tiny_base()
+    for path, value in weigh(adapter, 0.8, 0.3).items():
+        find_parameter(changed.modules, path).data += value
+    (expected,) = sdlora.generate(changed, "a cat", seed=1, steps=3)
+    pixels = [np.asarray(picture, np.int16) for picture in (plain, found, expected)]
+    assert np.abs(pixels[1] - pixels[2]).max() <= 1
+    assert np.abs(pixels[0] - pixels[1]).max() > 8
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -249,11 +272,13 @@ def test_static_methods_add_them_as_they_are(base, method):
 @pytest.mark.parametrize("t", [900, 500, 20])
 def test_a_schedule_moves_them_with_the_steps(base, t):
     adapter = make_vectors(base, 1)
-    members = [Member(adapter, 1.5, 0.5, profile=Profile(schedule=Schedule(((0.0, 1.0), (1.0, 0.0)))))]
+    profile = Profile(BlockWeights((("down.0", 0.5),)), Schedule(((0.0, 1.0), (1.0, 0.0))))
+    members = [Member(adapter, 1.5, 0.5, profile=profile)]
     before = bytes_of(base)
     with Plan.of(members).applied(base) as stacked:
         found = predict(stacked, t)
-    expected = by_hand(base, weigh(adapter, 1.5 * t / 999, 0.5), t)
+    deltas = weigh(adapter, 1.5 * t / 999, 0.5)
+    expected = by_hand(base, {p: d * (0.5 if p.startswith("unet.down_blocks.0") else 1) for p, d in deltas.items()}, t)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert bytes_of(base) == before
     assert not any("forward" in m.__dict__ for m in base.unet.modules() if isinstance(m, nn.LayerNorm | nn.Conv2d))
@@ -388,6 +413,27 @@ def test_baking_adds_them_wherever_the_file_keeps_them(tmp_path, family):
     if family != "sd1":  # what belongs to k stays
         k = stored.places[f"{layer}.self_attn.k_proj.bias"]
         assert torch.equal(k.take(before[k.key]), k.take(after[k.key]))
+
+
+def test_baking_into_a_folder_adds_them_too(tmp_path):
+    make_pipeline("sd1").save_pretrained(tmp_path / "base")
+    stored = find_stored(str(tmp_path / "base"))
+    values = {p: torch.arange(float(stored.places[p].shape[0])) for p in PATHS}
+    adapter = Adapter({p: Vector(values[p], PATHS[p]) for p in PATHS}, Card(family="sd1"))
+    assert bake(Plan.of([(adapter, 0.5)]), stored, tmp_path / "out").changed == len(PATHS)
+    readers = Reader(stored), Reader(find_stored(str(tmp_path / "out")))
+    for path, value in values.items():
+        assert torch.equal(readers[1].weight(path), readers[0].weight(path) + 0.5 * value)
+
+
+def test_zip_learns_on_matrices_and_adds_the_rest(base):
+    adapters = [make_vectors(base, seed) for seed in (1, 2)]
+    members = [Member(a, w, name=n) for a, w, n in zip(adapters, (0.5, 0.8), "ab", strict=True)]
+    found = zip_loras(base, *members, "a cat", "a cat", steps=2, pictures=1)
+    for path, role in PATHS.items():
+        expected = 0.5 * adapters[0].deltas[path].weight() + 0.8 * adapters[1].deltas[path].weight()
+        torch.testing.assert_close(found.deltas[path].weight(), expected)
+        assert found.deltas[path].role == role
 
 
 def test_diagnosing_looks_at_matrices_alone(base):
