@@ -49,7 +49,14 @@ def run_command(argv, log):
     """The command line in a process that has its libraries already; what it prints goes to a file."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 2)
+    heed_signals()
     sys.exit(main(argv))
+
+
+def heed_signals():
+    """Undoes what nohup and shells ignore for all that they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def begin(context, data, out):
@@ -134,6 +141,7 @@ def _own(terminal):
         import termios
 
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        heed_signals()
 
     return take
 

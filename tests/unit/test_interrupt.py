@@ -18,7 +18,11 @@ def send(number):
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
+    """A process that nobody launched, whatever the tests were started with: nohup and shells ignore signals."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("first", BOTH)
