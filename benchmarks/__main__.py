@@ -35,7 +35,7 @@ WORK = {
     "sdxl-512": ("sdxl", 512),
     "sdxl-1024": ("sdxl", 1024),
 }
-LOOPS = ("sdlora", "sdlora without packing", "plain")
+LOOPS = ("sdlora", "sdlora without fast layers", "plain")
 MIB = 2**20
 
 

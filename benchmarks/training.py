@@ -29,7 +29,7 @@ class Case:
     """What is trained, how, and by whose loop."""
 
     loop: str
-    """`sdlora`, `sdlora without packing`, or `plain`: `benchmarks.plain_loop`."""
+    """`sdlora`, `sdlora without fast layers`, or `plain`: `benchmarks.plain_loop`."""
     family: str
     side_px: int
     batch_size: int
@@ -145,7 +145,7 @@ def run_ours(case: Case) -> Found:
             "checkpoint_every": 0,
             "flip": False,
             "caption_dropout": 0.0,
-            "pack": case.loop != "sdlora without packing",
+            "fast_layers": case.loop != "sdlora without fast layers",
         }
     )
     fit, accumulate = loop.fit, loop.accumulate

@@ -185,8 +185,8 @@ class Recipe:
     """Keeps the linear layers of the frozen base in 8 or 4 bits: less memory, slower; nf4 needs sdlora[quantise]."""
     recompute: Literal["none", "feed-forward", "all"] = "none"
     """Keeps less for the backward pass and computes it twice: feed-forward (a third less memory), or all; slower."""
-    pack: bool = True
-    """On a CPU, keeps the frozen convolutions in the kernels' own layout too: faster, for up to twice their memory."""
+    fast_layers: bool = True
+    """On a CPU, runs frozen layers as the products that it multiplies fastest, and keeps less; off: as torch does."""
     preview: tuple[str, ...] = ()
     """Prompt to draw during the run, always from the same noise; may be given several times."""
     preview_every: int = 0

@@ -33,7 +33,9 @@ RECIPE_GROUPS = {
         "rank", "alpha", "rank_stabilised", "targets", "blocks", "block_ranks", "conv_rank", "conv_alpha", "dora",
         "dropout", "rank_dropout", "module_dropout", "max_norm", "continue_from", "merge",
     ),
-    "length and speed": ("steps", "batch_size", "accumulation", "precision", "quantise", "recompute", "pack", "seed"),
+    "length and speed": (
+        "steps", "batch_size", "accumulation", "precision", "quantise", "recompute", "fast_layers", "seed",
+    ),
     "learning": (
         "optimizer", "learning_rate", "lora_plus_ratio", "text_encoder_learning_rate", "text_encoder_2_learning_rate",
         "schedule", "schedule_cycles", "schedule_power", "warmup_steps", "weight_decay", "ema_decay", "max_grad_norm",

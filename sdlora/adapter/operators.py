@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import Masks
+from .products import linear
 from .quantised import QuantisedWeight, dense_weight
 
 KEEP_AX_UP_TO = 1 / 16
@@ -38,7 +38,7 @@ class LoraLinear(torch.autograd.Function):
         masks: Masks | None,
     ) -> Tensor:
         dtype = x.dtype
-        y = F.linear(x, _unpack(weight, dtype), bias)
+        y = linear(x, _unpack(weight, dtype), bias)
         a, b = down.to(dtype), (up * scale).to(dtype)  # [rank, in], [out, rank] with the scale folded in
         ax = _go_down(x, a, masks)  # [N, rank]
         y = y.contiguous()
@@ -76,7 +76,7 @@ class DoraLinear(torch.autograd.Function):
         masks: Masks | None,
     ) -> Tensor:
         dtype = x.dtype
-        y = F.linear(x, _unpack(weight, dtype)).contiguous()
+        y = linear(x, _unpack(weight, dtype)).contiguous()
         a, b = down.to(dtype), (up * scale).to(dtype)  # [rank, in], [out, rank]
         ax = _go_down(x, a, masks)  # [N, rank]
         z = y.view(-1, y.shape[-1])  # [N, out]
@@ -113,7 +113,7 @@ def row_norms(weight: Tensor | QuantisedWeight, down: Tensor, up: Tensor, scale:
 
 
 def _unpack(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is: under autocast F.linear casts it, elsewhere it refuses another dtype."""
+    """A tensor as it is: under autocast the product casts it, elsewhere it refuses another dtype."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
 
 

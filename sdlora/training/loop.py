@@ -17,7 +17,7 @@ from ..adapter.delta import Adapter
 from ..adapter.file import read_adapter, write_adapter
 from ..adapter.layers import LoraLayers
 from ..bases.family import Base, load_base, pick_device
-from ..bases.packing import packing
+from ..bases.fast_layers import fast_layers
 from ..bases.quantisation import check_quantise, copy_tree, quantise_base
 from ..bases.text import Text
 from ..config import Recipe
@@ -260,9 +260,9 @@ def fit(
     word = InitWord.of(layers, word_text, chances, recipe)
     record = Record(base, recipe, encoded, previews, validation, state)
     kept = recomputing(base.modules, recipe.recompute)
-    packs = recipe.pack and not processes.split  # what is split has no whole weights to pack
-    packed = packing(base.unet) if packs else nullcontext()
-    with closing(record), processes.in_step(), watch_signals() as stop, packed, kept:
+    fast = recipe.fast_layers and not processes.split  # what is split has no whole weights
+    faster = fast_layers(base.unet) if fast else nullcontext()
+    with closing(record), processes.in_step(), watch_signals() as stop, faster, kept:
         if processes.main:
             record.open(run, accelerator)
         for step in range(state.saved, recipe.steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..adapter.layers import LoraLayers
 from ..adapter.quantised import packed_bytes
 from ..bases.empty import META, make_empty_base
 from ..bases.family import Base
+from ..bases.fast_layers import fast_layers
 from ..bases.quantisation import quantise_base
 from ..bases.text import Text
 from ..config import Recipe
@@ -194,7 +196,13 @@ def _run_step(base: Base, layers: LoraLayers, recipe: Recipe, size_px: tuple[int
     for p in layers.parameters():
         p.grad = torch.empty_like(p)  # gradients are counted with the LoRA
     weights = [p for m in base.modules.values() for p in m.parameters()] + list(layers.parameters())
-    with recomputing(base.modules, recipe.recompute), fused_attention(), Peak() as peak:
+    faster = recipe.fast_layers and not torch.cuda.is_available()
+    with ExitStack() as stack:
+        if faster:
+            stack.enter_context(fast_layers(base.unet))
+        stack.enter_context(recomputing(base.modules, recipe.recompute))
+        stack.enter_context(fused_attention())
+        peak = stack.enter_context(Peak())
         with counting_saved(weights) as saved:
             text = base.encode_text(ids, recipe.clip_skip) if frozen is None else frozen
             loss = base.predict(x_t, t, text, sizes).float().square().mean()

@@ -143,4 +143,4 @@ def _memory(recipe: Recipe) -> list[str]:
     recomputed = {"feed-forward": "feed-forward layers", "all": "everything"}
     if recipe.recompute in recomputed:
         lines.append(f"{recomputed[recipe.recompute]} computed again in the backward pass")
-    return lines if recipe.pack else [*lines, "no weights packed for the CPU"]
+    return lines if recipe.fast_layers else [*lines, "torch's own layers on a CPU"]

@@ -32,7 +32,6 @@ def find_savings(recipe: Recipe, device: str, training: bool = True) -> tuple[li
         if recipe.batch_size > 1:
             half = recipe.batch_size // 2
             other.append(f"--batch-size {half} --accumulation {-(-recipe.images_per_step // half)}")
-        other += ["--no-pack"] if device == "cpu" and recipe.pack else []
     if recipe.quantise == "none":
         other.append("--quantise nf4" if device == "cuda" else "--quantise int8")
     other += ["--precision bf16"] if recipe.precision == "fp32" else []

@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks.quality import CAT, MOODS, draw, held_out_things, measure_names, named, share
 from sdlora.adapter.file import read_adapter
 from sdlora.bases.family import Base, load_base
+from sdlora.bases.fast_layers import fast_layers
 from sdlora.bases.mini.judge import Judge, load_judge
-from sdlora.bases.packing import packing
 from sdlora.bases.sampling import make_noise, make_scheduler, sample
 from sdlora.combining.plan import Plan, Stacked
 from sdlora.config import recipe_from_toml
@@ -121,7 +121,7 @@ def test_a_step_costs_at_most_three_passes(base: Base) -> None:
             base.predict(x, t, text)
 
     seconds: dict[Callable[[], None], list[float]] = {step: [], only_pass: []}
-    with attach_layers(base, recipe), packing(base.unet):
+    with attach_layers(base, recipe), fast_layers(base.unet):
         for _ in range(6):  # in turns, so that both meet the same machine
             for work, own in seconds.items():
                 began_s = time.perf_counter()

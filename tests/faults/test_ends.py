@@ -186,7 +186,7 @@ def test_a_lack_of_memory_names_what_to_lower_and_touches_nothing(data, tmp_path
             train_adapter(data, make_tiny_base(), RECIPE, out)
     assert str(raised.value) == (
         "out of memory while training on 2 pictures at once; checkpoints are untouched; give --recompute all, which "
-        "goes on from the last checkpoint, or with --restart --batch-size 1 --accumulation 2 or --no-pack or "
+        "goes on from the last checkpoint, or with --restart --batch-size 1 --accumulation 2 or "
         "--quantise int8 or --precision bf16 or a smaller --resolution"
     )
     assert saved_steps(out) == [2]
@@ -204,7 +204,7 @@ def test_other_errors_are_not_taken_for_it(data, tmp_path, monkeypatch):
 
 
 def test_what_is_lowered_already_is_not_named():
-    lean = Recipe(recompute="all", batch_size=1, quantise="nf4", precision="bf16", pack=False)
+    lean = Recipe(recompute="all", batch_size=1, quantise="nf4", precision="bf16")
     assert find_savings(lean, "cuda") == ([], ["a smaller --resolution"])
     assert find_savings(Recipe(), "cuda", training=False) == ([], ["--quantise nf4", "a smaller --resolution"])
     assert find_savings(Recipe(batch_size=3, accumulation=2), "cuda")[1][0] == "--batch-size 1 --accumulation 6"
