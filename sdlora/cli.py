@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .agreement import check_family
@@ -28,6 +28,7 @@ from .file_verbs import (
     run_resize,
 )
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
+from .forecast import add_memory_flag, fit_memory, forecast_memory
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
 from .screen import print_json, print_line, say, show_name, show_steps
@@ -37,7 +38,6 @@ from .values import parse_lora, suggest
 from .weighing import add_balance, add_grid, run_balance, run_grid
 
 if TYPE_CHECKING:
-    from .data.buckets import Cuts
     from .data.folder import Example
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -150,6 +150,7 @@ def add_check(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder of pictures and captions")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--config", metavar="TOML", type=Path, help="recipe, as train will be given it")
+    add_memory_flag(parser)
     add_recipe_flags(parser)
 
 
@@ -179,6 +180,8 @@ def run_check(args: Namespace) -> int:
         survey.problems += place_crops(recipe, survey.examples, cuts)[1]
         cuts = replace(cuts, repeats=tuple(learnt_repeats(survey.examples, recipe)))
         check.note_short_buckets(survey, cuts, classes, recipe)
+    if facts and cuts and cuts.cuts:
+        recipe = fit_memory(args.memory, facts.source, recipe, cuts)
     wordings = list_wordings([e.caption for e in survey.examples], recipe)
     report = check.write_report(survey, cuts, count, recipe.steps, recipe.images_per_step, wordings)
     memory_lines = forecast_memory(report, facts.source, recipe, cuts) if facts and cuts and cuts.cuts else []
@@ -198,21 +201,6 @@ def run_check(args: Namespace) -> int:
         say(f"error: {describe_problems(survey.folder, survey.problems)}{hint}")
         return 2
     return 0
-
-
-def forecast_memory(report: dict[str, Any], source: Path, recipe: Recipe, cuts: Cuts) -> list[str]:
-    """The lines that say how much memory training will need; the figures go into the report, under `memory`.
-
-    Raises: ConfigError where the recipe does not fit the base, or its quantisation lacks its package.
-    """
-    from .bases.family import pick_device
-    from .bases.quantisation import check_quantise
-    from .training.memory import describe_memory, estimate_memory
-
-    check_quantise(recipe.quantise, pick_device("auto"))
-    largest = max((cut.size for cut in cuts.cuts), key=lambda size: size[0] * size[1])
-    report["memory"] = estimate_memory(source, recipe, largest)
-    return describe_memory(report["memory"])
 
 
 # --- train --------------------------------------------------------------------------------------------------------
@@ -236,6 +224,7 @@ def add_train(parser: Parser) -> None:
     )
     run.add_argument("--no-cache", action="store_true", help="keeps none and reads none")
     run.add_argument("--restart", action="store_true", help="start over instead of going on")
+    add_memory_flag(run)
     run.add_argument("--dry-run", action="store_true", help="print what would happen and stop")
     add_recipe_flags(parser)
 
@@ -270,7 +259,7 @@ def train(args: Namespace) -> int:
 
     check_trackers(recipe.tracker)
     if args.dry_run:
-        print_plan(data, recipe, out)
+        print_plan(data, recipe, out, args.memory)
         return 0
     from .data.material import class_recipe, gather
 
@@ -285,7 +274,8 @@ def train(args: Namespace) -> int:
     facts = read_base_facts(recipe.base, recipe.prediction)
     check_family(recipe, facts.family, recipe.base)
     side_px = recipe.resolution or facts.resolution_px
-    material.cut(recipe, side_px, learnt_repeats(material.examples, recipe), count_processes())
+    cuts = material.cut(recipe, side_px, learnt_repeats(material.examples, recipe), count_processes())
+    recipe = fit_memory(args.memory, facts.source, recipe, cuts, args.device)
     classes = material.classes(recipe, side_px, out.with_suffix(".run"))
     if classes:
         classes.cut(class_recipe(recipe), side_px, processes=count_processes())
@@ -328,7 +318,7 @@ def learnt_repeats(examples: list[Example], recipe: Recipe) -> list[int]:
     return Validation.of(recipe, len(repeats)).learnt(repeats)
 
 
-def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
+def print_plan(data: Path, recipe: Recipe, out: Path, memory: str | None = None) -> None:
     """Prints what training would do, having checked all that it would check first."""
     from .data.buckets import describe_crops
     from .data.masks import describe_masks
@@ -349,6 +339,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path) -> None:
     images = recipe.steps * together
     run = out.with_suffix(".run")
     cuts = material.cut(recipe, side_px, learnt_repeats(examples, recipe), count_processes())
+    recipe = fit_memory(memory, facts.source, recipe, cuts)
     shown = sum(cuts.repeats)
     classes = material.classes(recipe, side_px, run)
     class_lines = plan_prior(classes, recipe, side_px, count_processes()) if classes else []

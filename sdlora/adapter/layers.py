@@ -22,6 +22,7 @@ from .delta import Adapter, Card, Delta, Dora, LowRank, pair_of
 from .dropout import Dropout
 from .operators import CastCache, DoraLinear, LoraLinear, compute_dtype, row_norms
 from .quantised import count_parameters
+from .siblings import Siblings, find_siblings
 from .sites import LayerPlan, Site, Targets, find_sites
 from .vector import Vector
 
@@ -46,10 +47,15 @@ class LoraLayer:
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], self.rank, *ones, device=weight.device))
         self.magnitude = nn.Parameter(self.norms()) if dora else None
+        self.siblings: Siblings | None = None
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def drops(self) -> bool:
+        """Whether dropout is on now."""
+        return self._dropout.masks(self.path) is not None
 
     def norms(self) -> Tensor:
         """‖W + ΔW‖ of each output, float32 [out]."""
@@ -68,6 +74,11 @@ class LoraLayer:
         if self.magnitude is None:
             return LoraLinear.apply(x, cast, self.down, self.up, *frozen)  # type: ignore[no-any-return]
         return DoraLinear.apply(x, cast, self.down, self.up, self.magnitude, self.norms(), *frozen)  # type: ignore[no-any-return]
+
+    def linear_with_siblings(self, x: Tensor) -> Tensor:
+        """As `linear`, computed with those that read the same x."""
+        assert self.siblings is not None
+        return self.siblings.linear(self, x)
 
     def conv2d(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W']; the down factor takes the module's kernel, stride and padding."""
@@ -248,8 +259,12 @@ class LoraLayers:
 
     def attach(self) -> None:
         """Lets the base's modules run with their LoRA; `sdlora.adapter.attach` has done so already."""
+        siblings = find_siblings(self.layers)
         for layer in self.layers:
+            layer.siblings = siblings.get(layer.path)
             forward = layer.conv2d if isinstance(layer.module, nn.Conv2d) else layer.linear
+            if layer.siblings is not None:
+                forward = layer.linear_with_siblings
             layer.module.forward = forward  # type: ignore[method-assign, assignment]
         self._attached = True
 

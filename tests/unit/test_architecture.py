@@ -25,7 +25,7 @@ FLOORS = (
     {"screen"},
     {"python", "demo", "flags", "places"},
     {"weighing", "file_verbs"},
-    {"checkpoint_verbs", "sharing_verbs"},
+    {"checkpoint_verbs", "sharing_verbs", "forecast"},
     {"cli"},
     {"__main__", "__init__"},
 )
