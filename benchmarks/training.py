@@ -242,6 +242,10 @@ def _square(picture: Path, side_px: int) -> None:
 
 def main() -> int:
     case = Case(**json.loads(sys.argv[1]))
+    if case.loop == "sdlora":  # as `sdlora train` does
+        from sdlora.heap import give_large_blocks_back
+
+        give_large_blocks_back()
     found = run_plain(case) if case.loop == "plain" else run_ours(case)
     print(json.dumps(asdict(found)))
     return 0

@@ -29,6 +29,7 @@ from .file_verbs import (
 )
 from .flags import Parser, add_recipe_flags, read_number, read_whole_number
 from .forecast import add_memory_flag, fit_memory, forecast_memory
+from .heap import give_large_blocks_back
 from .places import check_files, check_folder, check_output, find_cache
 from .profiles import parse_stacked
 from .screen import print_json, print_line, say, show_name, show_steps
@@ -247,6 +248,7 @@ def read_recipe(args: Namespace) -> Recipe:
 
 
 def run_train(args: Namespace) -> int:
+    give_large_blocks_back()
     with shared_errors(args.device):
         return train(args)
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "sdlora"
 FLOORS = (
     {"errors"},
-    {"disk"},
+    {"disk", "heap"},
     {"values", "limits"},
     {"targets"},
     {"profiles"},
