@@ -259,9 +259,12 @@ class LoraLayers:
 
     def attach(self) -> None:
         """Lets the base's modules run with their LoRA; `sdlora.adapter.attach` has done so already."""
-        siblings = find_siblings(self.layers)
+        known = [layer.siblings for layer in self.layers if layer.siblings is not None]
+        if not known or not all(siblings.are_in_place() for siblings in known):
+            found = find_siblings(self.layers)
+            for layer in self.layers:
+                layer.siblings = found.get(layer.path)
         for layer in self.layers:
-            layer.siblings = siblings.get(layer.path)
             forward = layer.conv2d if isinstance(layer.module, nn.Conv2d) else layer.linear
             if layer.siblings is not None:
                 forward = layer.linear_with_siblings

@@ -96,13 +96,17 @@ class Siblings:
         return self._ready.pop(layer.path)
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether the weights are still where they were put, and all is of one dtype, without autocast or dropout."""
-        there = all(
+        """Whether the weights are in place, and all is of one dtype, without autocast or dropout."""
+        plain = x.dtype == self.weight.dtype and x.device == self.weight.device and not x.is_inference()
+        plain = plain and not torch.is_autocast_enabled("cpu") and not self.layers[0].drops()
+        return plain and self.are_in_place()
+
+    def are_in_place(self) -> bool:
+        """Whether the modules' weights are still where they were put."""
+        return all(
             type(layer.module.weight) is nn.Parameter and layer.module.weight.data_ptr() == part.data_ptr()
             for layer, part in zip(self.layers, self._parts, strict=True)
         )
-        plain = x.dtype == self.weight.dtype and x.device == self.weight.device and not x.is_inference()
-        return there and plain and not torch.is_autocast_enabled("cpu") and not self.layers[0].drops()
 
 
 def find_siblings(layers: Sequence[LoraLayer]) -> dict[str, Siblings]:

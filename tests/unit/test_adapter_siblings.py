@@ -190,6 +190,24 @@ def test_a_weight_that_lies_elsewhere_now_is_the_one_that_counts(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
+def test_weights_are_moved_once_and_again_only_where_they_were_replaced():
+    model, layers = build()
+    module = model.blocks[0].attn1.to_k
+    placed = module.weight.data_ptr()
+    with layers.aside():
+        pass
+    assert module.weight.data_ptr() == placed
+    with layers.aside():
+        module.weight = nn.Parameter(module.weight.detach() * 2, requires_grad=False)
+    attention = layers.layers[0].siblings
+    assert attention is not None
+    assert attention.are_in_place()
+    found = run(model, layers)
+    alone(layers)
+    for ours, theirs in zip(found, run(model, layers), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
 def test_a_weight_changed_in_place_counts_too():
     model, layers = build()
     before = run(model, layers)[0]
