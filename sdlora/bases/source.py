@@ -78,6 +78,12 @@ def _find_on_hub(name: str) -> Path:
         raise BaseModelError(f"{name}: the download failed ({reason}); try again, or give a diffusers folder") from None
 
 
+def revision_of(source: Path) -> str:
+    """The hub's commit that a base's folder in its cache is of, 40 hex digits; empty for any other folder or file."""
+    cached = source.parent.name == "snapshots" and source.parent.parent.name.startswith("models--")
+    return source.name if cached and re.fullmatch("[0-9a-f]{40}", source.name) else ""
+
+
 def choose_files(there: list[str]) -> tuple[list[str], list[str]]:
     """The files of a hub repository that a base needs, and what of it is missing (pickles never count)."""
     two = _XL_FILE in there

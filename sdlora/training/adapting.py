@@ -13,6 +13,7 @@ from ..adapter.layers import LoraLayers, attach
 from ..adapter.sites import LayerPlan
 from ..agreement import check_family
 from ..bases.family import Base
+from ..bases.source import revision_of
 from ..config import Recipe
 from ..errors import ConfigError
 from .objective import prediction_type_of
@@ -79,11 +80,15 @@ def describe_settings(recipe: Recipe) -> list[str]:
 
 
 def name_sources(base: Base, recipe: Recipe) -> dict[str, Any]:
-    """The LoRAs that the run builds on, by digest: `continued`, `merged`; a key is missing where there is none.
+    """What the run builds on: `base_revision`, a hub's commit, and the LoRAs `continued` and `merged`, by digest.
+
+    A key is missing where there is none.
 
     Raises: AdapterFileError where the file to continue cannot be read.
     """
     sources: dict[str, Any] = {}
+    if revision := revision_of(base.source):
+        sources["base_revision"] = revision
     if recipe.continue_from:
         sources["continued"] = file_sha256(recipe.continue_from)
     if base.merged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 
 from sdlora.bases.family import load_base
-from sdlora.bases.source import choose_files, resolve_source
+from sdlora.bases.source import choose_files, resolve_source, revision_of
 from sdlora.errors import BaseModelError
 from tests.tiny import make_tiny_base, make_tiny_parts, save_tiny_pipeline
 
@@ -317,3 +318,29 @@ def test_hub_id_in_the_cache_needs_no_network(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     source, name, _ = resolve_source("someone/model")
     assert (source, name) == (folder, "someone/model")
+
+
+def test_a_revision_is_that_of_the_hubs_cache_alone():
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cache = Path("cache") / "models--someone--model" / "snapshots"
+    assert revision_of(cache / commit) == commit
+    for other in (
+        cache / commit[:39],
+        cache / commit.upper(),
+        Path("models--a--b") / commit,
+        Path("snapshots") / commit,
+    ):
+        assert revision_of(other) == ""
+
+
+def test_a_lora_says_the_revision_of_its_base():
+    from sdlora.config import Recipe
+    from sdlora.training.adapting import make_card, name_sources
+
+    commit = "f" * 40
+    base = dataclasses.replace(make_tiny_base(), source=Path("models--someone--model") / "snapshots" / commit)
+    card = make_card(base, Recipe(), name_sources(base, Recipe()))
+    assert card.settings["base_revision"] == commit
+    assert (
+        "base_revision" not in make_card(make_tiny_base(), Recipe(), name_sources(make_tiny_base(), Recipe())).settings
+    )
