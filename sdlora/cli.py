@@ -261,7 +261,7 @@ def train(args: Namespace) -> int:
 
     check_trackers(recipe.tracker)
     if args.dry_run:
-        print_plan(data, recipe, out, args.memory)
+        print_plan(data, recipe, out, args.memory, args.device)
         return 0
     from .data.material import class_recipe, gather
 
@@ -320,7 +320,7 @@ def learnt_repeats(examples: list[Example], recipe: Recipe) -> list[int]:
     return Validation.of(recipe, len(repeats)).learnt(repeats)
 
 
-def print_plan(data: Path, recipe: Recipe, out: Path, memory: str | None = None) -> None:
+def print_plan(data: Path, recipe: Recipe, out: Path, memory: str | None, device: str) -> None:
     """Prints what training would do, having checked all that it would check first."""
     from .data.buckets import describe_crops
     from .data.masks import describe_masks
@@ -341,7 +341,7 @@ def print_plan(data: Path, recipe: Recipe, out: Path, memory: str | None = None)
     images = recipe.steps * together
     run = out.with_suffix(".run")
     cuts = material.cut(recipe, side_px, learnt_repeats(examples, recipe), count_processes())
-    recipe = fit_memory(memory, facts.source, recipe, cuts)
+    recipe = fit_memory(memory, facts.source, recipe, cuts, device)
     shown = sum(cuts.repeats)
     classes = material.classes(recipe, side_px, run)
     class_lines = plan_prior(classes, recipe, side_px, count_processes()) if classes else []

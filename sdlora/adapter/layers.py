@@ -128,8 +128,10 @@ class LoraLayers:
         alpha: float,
         dropout: Dropout | None = None,
         notes: tuple[str, ...] = (),
+        together: bool = True,
     ) -> None:
         self.layers = layers
+        self._together = together
         self.rank = rank
         self.alpha = alpha
         self.notes = notes
@@ -260,7 +262,7 @@ class LoraLayers:
     def attach(self) -> None:
         """Lets the base's modules run with their LoRA; `sdlora.adapter.attach` has done so already."""
         known = [layer.siblings for layer in self.layers if layer.siblings is not None]
-        if not known or not all(siblings.are_in_place() for siblings in known):
+        if self._together and not (known and all(siblings.are_in_place() for siblings in known)):
             found = find_siblings(self.layers)
             for layer in self.layers:
                 layer.siblings = found.get(layer.path)
@@ -304,10 +306,13 @@ def attach(
     alpha: float,
     seed: int,
     plan: LayerPlan | None = None,
+    together: bool = True,
 ) -> LoraLayers:
     """Attaches a LoRA to every Linear or Conv2d of a kind, or whose name is or ends with a name, of its part's targets.
 
-    Initial factors depend on (seed, module path) only: A is Kaiming-uniform with a = √5, B is zero.
+    Initial factors depend on (seed, module path) only: A is Kaiming-uniform with a = √5, B is zero. On a CPU layers
+    that read the same input run as one node, unless not `together`.
+
     Raises: ConfigError where a target matches nothing or something else, or rank or alpha is out of range.
     """
     plan = plan or LayerPlan()
@@ -321,7 +326,8 @@ def attach(
     words = list(dict.fromkeys(word for part in targets.values() for word in part))
     usual = set(words) <= {"attention", *UNET_TARGETS, *TEXT_ENCODER_TARGETS}
     notes = ([] if usual else [f"targets {', '.join(words)}"]) + plan.describe()
-    attached = LoraLayers(layers, count_parameters(*modules.values()), rank, float(alpha), dropout, tuple(notes))
+    parameters = count_parameters(*modules.values())
+    attached = LoraLayers(layers, parameters, rank, float(alpha), dropout, tuple(notes), together)
     attached.attach()
     return attached
 

@@ -44,6 +44,7 @@ def attach_layers(base: Base, recipe: Recipe) -> LoraLayers:
             rank_dropout=recipe.rank_dropout,
             module_dropout=recipe.module_dropout,
         ),
+        together=recipe.fast_layers,
     )
     if recipe.continue_from:
         try:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from sdlora.adapter import LoraLayers, attach
 from sdlora.adapter import siblings as under_test
 from sdlora.adapter.sites import LayerPlan
+from sdlora.config import Recipe
+from sdlora.training.adapting import attach_layers
+from tests.tiny import make_tiny_base
 
 
 class Block(nn.Module):
@@ -134,6 +137,19 @@ def test_only_those_that_are_alike_are_computed_together(options, made_of, monke
     alone(layers)
     for ours, theirs in zip(found, run(model, layers, X.to(dtype), TEXT.to(dtype)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+def test_the_recipe_can_switch_it_off(monkeypatch):
+    made = count_nodes(monkeypatch)
+    base = make_tiny_base()
+    x, text = torch.randn(1, 4, 8, 8), base.encode_text(base.tokenize(["a cat"])[0])
+    before = {name: p.data_ptr() for name, p in base.unet.named_parameters()}
+    for fast_layers in (False, True):
+        with attach_layers(base, Recipe(rank=2, precision="fp32", fast_layers=fast_layers)):
+            base.predict(x, torch.tensor([500]), text)
+        assert bool(made) is fast_layers
+        moved = any(before[name] != p.data_ptr() for name, p in base.unet.named_parameters())
+        assert moved is fast_layers
 
 
 def test_dropout_and_autocast_go_layer_by_layer(monkeypatch):
